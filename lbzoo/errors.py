@@ -1,0 +1,57 @@
+"""Errors a user can mend, and the nearest-name hint that every one of them shares.
+
+An ``LbzooError`` is printed by the command line as it stands, without a traceback. Everything else that is raised is a
+defect of lbzoo and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LbzooError(Exception):
+    """Something the user can mend. ``exit_code`` is the exit status of the command line."""
+
+    exit_code = 1
+
+
+class UsageError(LbzooError, ValueError):
+    """A mistake in a recipe, an option, a name or a command line (exit code 2)."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """A name that is not registered. ``known`` holds the names that are."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, sorted(known)
+        super().__init__(f"no {kind} named '{name}'{did_you_mean(name, self.known)}")
+
+
+class DataError(LbzooError):
+    """Data that is missing, incomplete or broken."""
+
+
+class CheckpointError(LbzooError):
+    """A checkpoint that cannot be read or does not belong to this run."""
+
+
+def nearest_name(word: str, known: Iterable[str]) -> str | None:
+    """The known name that ``word`` most probably stands for, or None where nothing is close."""
+    by_folded = {str(name).lower(): str(name) for name in known}
+    close = difflib.get_close_matches(str(word).lower(), by_folded, n=1, cutoff=0.6)
+    return by_folded[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: Iterable[str], *, limit: int = 30) -> str:
+    """The end of an error message: the nearest known name, or the known names themselves (at most ``limit``)."""
+    names = sorted(str(name) for name in known)
+    nearest = nearest_name(word, names)
+    if nearest is not None:
+        return f"; did you mean '{nearest}'?"
+    if not names:
+        return ""
+    shown = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+    return f"; known: {shown}"
