@@ -1,0 +1,239 @@
+"""What a recipe may say: one model for every block of the YAML file.
+
+The models hold the keys that every recipe shares, with their types, units and ranges. The options of a component (an
+optimizer's betas, a data set's folder) stand beside these keys in the same block and are checked against the
+component's own signature (``components.py``). ``lbzoo schema`` turns both into a JSON schema for editors.
+
+Batch sizes count samples, steps are optimizer steps.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Scale = Literal["paper", "mini", "smoke"]
+
+# Of each group one key may be given; a later layer's choice replaces an earlier layer's (``merging.py``).
+LENGTH_KEYS = ("steps", "epochs")
+WARMUP_KEYS = ("warmup_steps", "warmup_epochs", "warmup_ratio")
+CONSTANT_KEYS = ("constant_steps", "constant_epochs", "constant_ratio")
+LOGGER_NAMES = ("tensorboard", "csv", "wandb", "mlflow", "comet", "neptune")
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+def _at_most_one(settings: BaseModel, keys: tuple[str, ...]) -> None:
+    given = [key for key in keys if getattr(settings, key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(given)}, not {'both' if len(given) == 2 else 'all'}")
+
+
+class Settings(BaseModel):
+    """A block with a closed set of keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ComponentSettings(BaseModel):
+    """A registered component by name; every other key of the block is an option of that component."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """A registered name, or `package.module:Class`."""
+
+
+class DataSettings(ComponentSettings):
+    """The data set, and how many samples of it make a step. Accumulation is derived: global / (micro x devices)."""
+
+    global_batch_size: PositiveInt
+    """Samples an optimizer step, over all devices and micro-batches."""
+    micro_batch_size: PositiveInt
+    """Samples one device takes at once. A whole number of micro-batches makes the global batch."""
+
+
+class ParamRule(BaseModel):
+    """Options for the parameters that it matches, by name or by number of dimensions; later rules win."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    match: list[str] | None = None
+    """Globs on parameter names as in `named_parameters()`: `["*.bias", "*norm*"]`."""
+    ndim: int | list[int] | None = None
+    """Numbers of dimensions: `1` takes biases and the scales of normalisation layers."""
+
+
+class OptimizerSettings(ComponentSettings):
+    """The optimizer. `lr` is the peak learning rate, before `lr_scaling`."""
+
+    param_rules: list[ParamRule] = []
+    """Options of single groups of parameters: `weight_decay`, `lr_scale`, `adapt`, ..."""
+
+
+class ScheduleSettings(ComponentSettings):
+    """The learning rate over the optimizer steps of a stage: warmup, a constant part, then the named decay."""
+
+    name: str = "constant"
+    """The shape of the decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps of linear warmup from 0."""
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    """Epochs of linear warmup, rounded to the nearest step. `lr_scaling` scales them with the batch."""
+    warmup_ratio: Ratio | None = None
+    """Warmup as a fraction of the stage's steps, rounded to the nearest step."""
+    constant_steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps at the peak, between warmup and decay."""
+    constant_epochs: Annotated[float, Field(ge=0)] | None = None
+    """Epochs at the peak."""
+    constant_ratio: Ratio | None = None
+    """The time at the peak as a fraction of the stage's steps."""
+
+    @model_validator(mode="after")
+    def _one_length_each(self) -> ScheduleSettings:
+        _at_most_one(self, WARMUP_KEYS)
+        _at_most_one(self, CONSTANT_KEYS)
+        return self
+
+
+class LrScalingSettings(Settings):
+    """Learning rate, and warmup given in epochs, for another batch size than the one they were tuned at.
+
+    The learning rate grows by the rule, the warmup epochs linearly (LAMB paper, section 4.3).
+    """
+
+    rule: Literal["sqrt", "linear"]
+    """How the learning rate grows with the global batch size."""
+    base_global_batch_size: PositiveInt
+    """The global batch size that `optimizer.lr` belongs to."""
+
+
+class Interval(Settings):
+    """A length of training: `{steps: 500}` or `{epochs: 1}`."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training data."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Interval:
+        _at_most_one(self, LENGTH_KEYS)
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give steps or epochs")
+        return self
+
+
+class TrainerSettings(Settings):
+    """What runs the training, and on what."""
+
+    engine: Literal["lightning", "accelerate"] = "lightning"
+    """Both engines train the same steps on the same samples."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """`ddp` replicates the model, `fsdp` shards it (FSDP2); `auto` takes ddp on more than one device."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: PositiveInt | Literal["auto"] = "auto"
+    """Devices of each node; `auto` takes all GPUs, or one process on a CPU."""
+    num_nodes: PositiveInt = 1
+    """Machines, each with `devices` devices."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
+    gradient_clip_norm: PositiveFloat | None = None
+    """Global gradient norm above which gradients are scaled down; none by default."""
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Data-loading processes of each device."""
+    validate_every: Interval = Interval(epochs=1)
+    """How often the validation set is run; it always runs at the end of a stage."""
+
+
+class CheckpointSettings(Settings):
+    """When the state of the run is saved. The last state of every stage always is."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints; by default one at each validation."""
+    keep_last: PositiveInt = 1
+    """How many of the newest checkpoints stay on disk."""
+    save_best: bool = True
+    """Keep the checkpoint with the best value of the task's monitored metric as well."""
+
+
+class LoggingSettings(Settings):
+    """Where scalars go, and how often. Every run also writes `metrics.jsonl`."""
+
+    every: PositiveInt = 50
+    """Optimizer steps between logged steps."""
+    loggers: list[str] = ["tensorboard"]
+    """`tensorboard`, `csv`, `wandb`, `mlflow`, `comet`, `neptune`, or `package.module:Class`."""
+
+
+class StageSettings(Settings):
+    """One stage of a run: what differs from the top level. It starts from the weights of the stage before."""
+
+    name: str
+    """Addresses the stage: `stages.seq128.optimizer.lr=0.01`."""
+    steps: PositiveInt | None = None
+    """Optimizer steps of the stage."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training data; the steps are rounded up."""
+    task: ComponentSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings = ScheduleSettings()
+    lr_scaling: LrScalingSettings | None = None
+
+
+class HardwareSettings(Settings):
+    """What the paper ran the recipe on; `lbzoo plan` prints the arithmetic for it."""
+
+    devices: PositiveInt
+    """Devices of each node."""
+    num_nodes: PositiveInt = 1
+    device: str = ""
+    """The kind of device: `V100`, `TPU v3`."""
+
+
+class TableSettings(Settings):
+    """The line of a paper's table that the recipe runs again."""
+
+    id: str
+    """`paper/number`, as in `novograd/3`."""
+    row: dict[str, Any]
+    """Columns that pick one row of the table: `{batch_size: 32768}`."""
+
+
+class Recipe(Settings):
+    """A whole recipe file. The leading comment is its description."""
+
+    version: Literal[1]
+    """The version of this format."""
+    base: str | None = None
+    """A recipe to start from: a path relative to this file, or a name. A base has no base of its own."""
+    plugins: list[str] = []
+    """Python files, relative to this file, that register components of your own. They are imported on every rank."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Of initialisation, sampling order and augmentation."""
+
+    task: ComponentSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings = ScheduleSettings()
+    lr_scaling: LrScalingSettings | None = None
+    steps: PositiveInt | None = None
+    """Optimizer steps of the run."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training data; the steps are rounded up."""
+    stages: list[StageSettings] | None = None
+    """Stages in order; each is the top level, changed by what it says itself."""
+
+    trainer: TrainerSettings = TrainerSettings()
+    callbacks: list[ComponentSettings] = []
+    """Names, or names with options: `[trust_ratio, {name: gsnr, every: 50}]`."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    table: TableSettings | None = None
+    hardware: HardwareSettings | None = None
+    expect: dict[str, float] = {}
+    """Metrics the paper reports, by the name they are logged under: `{val/top1: 0.7578}`."""
+    mini: dict[str, Any] | None = None
+    """Changes for `--scale mini`: the same recipe on embedded data and a small model, minutes on a laptop CPU."""
