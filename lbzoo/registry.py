@@ -12,6 +12,9 @@ The registry reads those decorators, and the signature below them, from the sour
 (:func:`scan_source`), and imports a module only when its component is asked for. Adding a component therefore edits no
 list. Components of other packages come through entry points (group ``lbzoo.<kind>s``, entry name = registry name) and
 through the plugin files of a recipe.
+
+A registry may have *wrappers*: components registered under a prefix that take another component's product. With a
+wrapper ``larc_``, every name ``<name>`` also exists as ``larc_<name>``, with the options of both.
 """
 
 from __future__ import annotations
@@ -83,12 +86,14 @@ class Registry:
     """The components of one kind (``optimizer``, ``task``, ...), by name.
 
     ``package`` is the importable package whose files are scanned; ``kind`` names the decorator ``register_<kind>`` and
-    the entry-point group ``lbzoo.<plural>``.
+    the entry-point group ``lbzoo.<plural>``. ``wrappers`` is a registry whose names are prefixes (see the module's
+    docstring).
     """
 
-    def __init__(self, kind: str, *, package: str, plural: str | None = None) -> None:
+    def __init__(self, kind: str, *, package: str, plural: str | None = None, wrappers: Registry | None = None) -> None:
         self.kind = kind
         self.package = package
+        self.wrappers = wrappers
         self.entry_point_group = f"lbzoo.{plural or kind + 's'}"
         self._added: dict[str, _Added] = {}
 
@@ -113,6 +118,11 @@ class Registry:
 
     def get(self, name: str) -> Any:
         """The class or factory registered under ``name``, imported if need be."""
+        wrapped = self._wrapped(name)
+        if wrapped is not None:
+            assert self.wrappers is not None
+            prefix, base = wrapped
+            return _wrap(self.wrappers.get(prefix), self.wrappers.options(prefix), self.get(base))
         if name not in self._added:
             if name in self._scanned:
                 importlib.import_module(self._scanned[name].module)
@@ -127,14 +137,24 @@ class Registry:
 
     def names(self, pattern: str = "*") -> list[str]:
         """The registered names that match a glob, sorted; nothing is imported."""
-        known = {*self._added, *self._scanned, *self._entry_points}
-        return sorted(fnmatch.filter(known, pattern))
+        plain = {*self._added, *self._scanned, *self._entry_points}
+        prefixes = self.wrappers.names() if self.wrappers else []
+        wrapped = {prefix + base for prefix in prefixes for base in plain if self._wrapped(prefix + base)}
+        return sorted(fnmatch.filter(plain | wrapped, pattern))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._added or name in self._scanned or name in self._entry_points
+        return self._is_plain(name) or self._wrapped(name) is not None
+
+    def options(self, name: str) -> Mapping[str, Option]:
+        """The options that ``name`` takes; imports the component only where its source cannot be read."""
+        options = self.entry(name).options
+        return options_of(self.get(name)) if options is None else options
 
     def entry(self, name: str) -> Entry:
         """What is known of ``name`` without importing it (see Entry)."""
+        wrapped = self._wrapped(name)
+        if wrapped is not None:
+            return self._entry_of_wrapped(name, *wrapped)
         if name in self._scanned:
             return self._scanned[name]
         if name in self._added:
@@ -147,6 +167,10 @@ class Registry:
 
     def meta(self, name: str) -> Mapping[str, Any]:
         """The keywords given to the decorator; imports the component, so that values need not be literals."""
+        wrapped = self._wrapped(name)
+        if wrapped is not None:
+            assert self.wrappers is not None
+            return {**self.meta(wrapped[1]), **self.wrappers.meta(wrapped[0])}
         self.get(name)
         return self._added[name].meta
 
@@ -162,6 +186,34 @@ class Registry:
             (inspect.getdoc(component) or "").partition("\n")[0],
             added.meta,
             options_of(component),
+        )
+
+    def _is_plain(self, name: str) -> bool:
+        return name in self._added or name in self._scanned or name in self._entry_points
+
+    def _wrapped(self, name: str) -> tuple[str, str] | None:
+        """(prefix, base) of a wrapped name. A plain name is not split, nor one whose two parts share an option."""
+        if self.wrappers is None or self._is_plain(name):
+            return None
+        for prefix in self.wrappers.names():
+            base = name.removeprefix(prefix)
+            if base != name and self._is_plain(base):
+                shared = set(self.wrappers.options(prefix)) & set(self.entry(base).options or ())
+                return None if shared else (prefix, base)
+        return None
+
+    def _entry_of_wrapped(self, name: str, prefix: str, base_name: str) -> Entry:
+        assert self.wrappers is not None
+        wrapper, base = self.wrappers.entry(prefix), self.entry(base_name)
+        return Entry(
+            name,
+            self.kind,
+            wrapper.module,
+            wrapper.qualname,
+            wrapper.source,
+            f"{wrapper.first_line.rstrip('.')} (around {base_name}).",
+            {**base.meta, **wrapper.meta},
+            {**self.options(base_name), **self.wrappers.options(prefix)},
         )
 
     def _holder(self, name: str) -> str | None:
@@ -233,11 +285,44 @@ def scan_source(path: Path, kind: str, module: str) -> Iterator[Entry]:
                 )
 
 
+def _wrap(
+    wrapper: Callable[..., Any], wrapper_options: Mapping[str, Option], base: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A factory that gives each option to the one of the two that takes it, and the base's product to the wrapper."""
+
+    def build(target: Any, **options: Any) -> Any:
+        own = {name: options.pop(name) for name in wrapper_options if name in options}
+        return wrapper(base(target, **options), **own)
+
+    return build
+
+
 def options_of(component: Callable[..., Any]) -> dict[str, Option]:
     """The keyword options of a class or factory, by inspection. The first positional parameter is not an option.
 
-    A ``**kwargs`` is not an option either: it is what swallows a typo.
+    A ``**kwargs`` is not an option either: it is what swallows a typo. Where a class takes ``**kwargs``, the optional
+    ones of its parent class count, to which it will pass them.
     """
+    options = _own_options(component)
+    if inspect.isclass(component) and _takes_any_keyword(component):
+        for parent in component.__mro__[1:]:
+            if "__init__" in vars(parent) and parent is not object:
+                inherited = {
+                    key: option for key, option in options_of(parent).items() if option.default is not REQUIRED
+                }
+                return {**inherited, **options}
+    return options
+
+
+def _takes_any_keyword(component: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(component).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _own_options(component: Callable[..., Any]) -> dict[str, Option]:
     try:
         signature = inspect.signature(component)
     except (TypeError, ValueError):
@@ -314,7 +399,8 @@ def _definition(component: Any) -> tuple[str, int]:
         return str(getattr(component, "__module__", type(component).__module__)), 0
 
 
-optimizers = Registry("optimizer", package="lbzoo.optim")
+optimizer_wrappers = Registry("optimizer_wrapper", package="lbzoo.optim")
+optimizers = Registry("optimizer", package="lbzoo.optim", wrappers=optimizer_wrappers)
 schedules = Registry("schedule", package="lbzoo.schedules")
 tasks = Registry("task", package="lbzoo.tasks")
 data = Registry("data", package="lbzoo.data", plural="data")
