@@ -1,0 +1,18 @@
+"""Checkpoints: one format for every engine and layout.
+
+A checkpoint is a directory ``step_00000120/`` written by ``torch.distributed.checkpoint`` (model and optimizer by
+parameter name, without wrapper prefixes) with a ``state.json`` that says where the run stood. It is written beside its
+final name and renamed, so a directory under its final name is always whole.
+"""
+
+from lbzoo.checkpoint.folder import CheckpointFolder, read_state, resolve_checkpoint
+from lbzoo.checkpoint.format import load_checkpoint, load_weights, save_checkpoint
+
+__all__ = [
+    "CheckpointFolder",
+    "load_checkpoint",
+    "load_weights",
+    "read_state",
+    "resolve_checkpoint",
+    "save_checkpoint",
+]

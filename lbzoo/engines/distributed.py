@@ -1,0 +1,68 @@
+"""The process group of a run, and saying the same thing on every rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lbzoo.engines.launch import World
+
+T = TypeVar("T")
+
+
+def start(world: World) -> None:
+    """Join the process group; nothing for a world of one.
+
+    GPUs get a CPU back-end beside NCCL: flags and file names travel without touching the device.
+    """
+    if world.world_size == 1 or dist.is_initialized():
+        return
+    if world.launched_by == "slurm":
+        _set_variables_from_slurm(world)
+    if world.accelerator == "cuda":
+        torch.cuda.set_device(world.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", world.local_rank))
+    else:
+        dist.init_process_group("gloo")
+
+
+def stop() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0 and return its value on every rank; what it raises is raised on every rank."""
+    if not dist.is_initialized():
+        return function()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(function(), None)]
+        except Exception as error:  # carried to the other ranks, which would wait for ever
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]  # None only where function returned it
+
+
+def _set_variables_from_slurm(world: World) -> None:
+    """What torchrun would have set, so that everything below looks in one place."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    os.environ.update(
+        MASTER_ADDR=slurm.main_address,
+        MASTER_PORT=str(slurm.main_port),
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_WORLD_SIZE=str(world.devices),
+        GROUP_RANK=str(world.rank // world.devices),
+    )

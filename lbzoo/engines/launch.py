@@ -1,0 +1,173 @@
+"""Who starts the processes of a run, and how many.
+
+Under torchrun, SLURM or ``accelerate launch`` the run is in process: the variables those set are honoured, and a recipe
+that contradicts them is an error. Otherwise more than one device makes ``lbzoo`` start ``torch.distributed.run`` itself
+(:func:`launch_workers`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal
+
+from lbzoo.engines.run_folder import RunFolder
+from lbzoo.errors import UsageError
+
+RUN_FOLDER_VARIABLE = "LBZOO_RUN_FOLDER"  # set by launch_workers for the processes it starts
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. ``launched_by`` is None where this process has to start them itself."""
+
+    accelerator: Literal["cpu", "cuda"]
+    devices: int  # processes on this node
+    num_nodes: int
+    rank: int = 0
+    local_rank: int = 0
+    launched_by: Literal["torchrun", "slurm"] | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def in_process(self) -> bool:
+        """Whether this process is one of the run's, not the one that starts them."""
+        return self.launched_by is not None or self.world_size == 1
+
+
+def find_world(
+    *,
+    accelerator: str = "auto",
+    devices: int | Literal["auto"] = "auto",
+    num_nodes: int = 1,
+    variables: Mapping[str, str] = os.environ,
+) -> World:
+    """The world that the recipe's ``trainer`` and the launcher's variables make together.
+
+    Raises UsageError where devices are asked for that do not exist, or where recipe and launcher disagree.
+    """
+    gpus = _gpu_count(accelerator)
+    kind: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
+    launched = _launched_by(variables)
+    if launched is None:
+        count = (gpus or 1) if devices == "auto" else devices
+        _check_devices(count, gpus, kind)
+        return World(kind, count, num_nodes)
+    if launched == "torchrun":
+        size, rank = int(variables["WORLD_SIZE"]), int(variables["RANK"])
+        local_rank = int(variables.get("LOCAL_RANK", "0"))
+        local_size = int(variables.get("LOCAL_WORLD_SIZE", size))
+    else:
+        size, rank = int(variables["SLURM_NTASKS"]), int(variables["SLURM_PROCID"])
+        local_rank = int(variables.get("SLURM_LOCALID", "0"))
+        local_size = size // int(variables.get("SLURM_NNODES", variables.get("SLURM_JOB_NUM_NODES", "1")))
+    nodes = max(size // max(local_size, 1), 1)
+    _check_devices(local_size, gpus, kind)
+    asked = devices if devices != "auto" else None
+    if (asked is not None and asked != local_size) or (num_nodes != 1 and num_nodes != nodes):
+        raise UsageError(
+            f"the recipe asks for trainer.devices={devices} on trainer.num_nodes={num_nodes}, but {launched} started "
+            f"{local_size} processes on each of {nodes} nodes; set them alike, or trainer.devices=auto"
+        )
+    return World(kind, local_size, nodes, rank, local_rank, launched)
+
+
+def check_launchable(world: World) -> None:
+    """Raise UsageError where this process cannot start the world: several nodes need a launcher on each."""
+    if not world.in_process and world.num_nodes > 1:
+        raise UsageError(
+            f"trainer.num_nodes is {world.num_nodes}: start the run on every node, under SLURM with srun "
+            f"(one task a device) or with\n  torchrun --nnodes={world.num_nodes} --nproc-per-node={world.devices} "
+            "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m lbzoo fit RECIPE ..."
+        )
+
+
+def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> int:
+    """Start ``world.devices`` processes of ``python -m lbzoo ARGUMENTS`` on this node and wait; returns the exit code.
+
+    torchrun's own exit status turns every code into 1, so the code comes from what the ranks wrote. The agent runs in
+    a session of its own: a Ctrl-C of the terminal reaches this process alone, which passes it on once.
+    """
+    command = [
+        sys.executable, "-m", "lbzoo.engines.agent", "--standalone", f"--nproc-per-node={world.devices}",
+        "--signals_to_handle=SIGQUIT", "-m", "lbzoo", *arguments,
+    ]  # fmt: skip
+    variables = {**os.environ, RUN_FOLDER_VARIABLE: str(run.path)}
+    # torchrun sets 1 and says so in a box of asterisks; a share of the cores serves CPU runs better.
+    variables.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world.devices, 1)))
+    if world.accelerator == "cpu" and sys.platform == "linux":
+        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: no need for a resolvable host name
+    agent = subprocess.Popen(command, env=variables, start_new_session=True)
+
+    def forward(signum: int, _frame: FrameType | None) -> None:
+        if agent.poll() is None:
+            os.killpg(agent.pid, signum)
+
+    previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
+    try:
+        agent_code = agent.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        if agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGKILL)
+    return _exit_code(run, agent_code)
+
+
+def die_with_parent(signum: int) -> None:
+    """Ask the kernel for ``signum`` when the parent dies, so that a killed launcher leaves no workers (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signum)  # PR_SET_PDEATHSIG
+
+
+def _exit_code(run: RunFolder, agent_code: int) -> int:
+    failures = run.rank_failures()
+    status = run.status()
+    if failures and status.get("state") != "finished":
+        # Rank 0 was then only told to stop because another rank had died.
+        first = failures[0]
+        run.write_status("failed", exit_code=first["exit_code"], error=f"rank {first['rank']}: {first['error']}")
+        return int(first["exit_code"])
+    if status.get("state") in (None, "running"):
+        run.write_status("failed", exit_code=1, error="the processes of the run died without a word")
+        return 1
+    return int(status.get("exit_code", 1 if agent_code else 0))
+
+
+def _launched_by(variables: Mapping[str, str]) -> Literal["torchrun", "slurm"] | None:
+    """accelerate launch sets torchrun's variables too."""
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        return "torchrun"
+    interactive = variables.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_NTASKS" in variables and "SLURM_PROCID" in variables and not interactive:
+        return "slurm"
+    return None
+
+
+def _gpu_count(accelerator: str) -> int:
+    if accelerator == "cpu":
+        return 0
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator == "cuda" and not count:
+        raise UsageError("trainer.accelerator is cuda, but torch finds no GPU; use cpu or auto, or see `lbzoo doctor`")
+    return count
+
+
+def _check_devices(count: int, gpus: int, kind: str) -> None:
+    if kind == "cuda" and count > gpus:
+        raise UsageError(
+            f"trainer.devices is {count}, but this machine has {gpus} GPU{'s' * (gpus != 1)}; "
+            f"set trainer.devices={gpus} or auto"
+        )

@@ -1,0 +1,341 @@
+"""The Lightning engine: each stage of a recipe is one Trainer in this process.
+
+Lightning runs the loop; what it would do differently from one number of devices to another, or from one start to the
+next, is done here: the sampler is ours (arithmetic, so a resume replays nothing), checkpoints are ours (one format for
+every engine), and its counters are set to the step the run stands at.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger
+
+from lbzoo import scaling
+from lbzoo.checkpoint import load_checkpoint, load_weights
+from lbzoo.data.loader import train_loader, val_loader
+from lbzoo.engines.launch import World
+from lbzoo.engines.loggers import build_loggers
+from lbzoo.engines.run_callbacks import Best, Checkpointer, MicroBatchSeeds, ValidationLog
+from lbzoo.engines.run_folder import RunFolder
+from lbzoo.engines.signals import StopSignals
+from lbzoo.errors import CheckpointError, UsageError
+from lbzoo.recipe import (
+    ResolvedRecipe,
+    Stage,
+    build_callbacks,
+    build_data,
+    build_schedule,
+    build_task,
+    optimizer_factory,
+)
+from lbzoo.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: ``checkpoint`` is continued exactly; ``weights`` are only loaded into a fresh first stage."""
+
+    checkpoint: Path | None = None
+    state: Mapping[str, Any] | None = None
+    weights: Path | None = None
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"]) if self.state else 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to show: its last step, the last validation, the best one."""
+
+    step: int
+    metrics: dict[str, float]
+    best: Best
+
+
+def train(recipe: ResolvedRecipe, world: World, run: RunFolder, start: Start) -> Outcome:
+    """Train every stage that is left, each from the weights of the one before."""
+    module: Task | None = None
+    outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
+    first = int(start.state["stage_index"]) if start.state else 0
+    for stage in recipe.stages[first:]:
+        earlier, module = module, _build_module(recipe, stage)
+        if earlier is not None:
+            _carry_weights(earlier, module)
+        elif start.weights is not None:
+            load_weights(start.weights, module)
+        here = start if stage.index == first else Start()
+        if here.step >= stage.first_step + stage.steps:
+            assert here.checkpoint is not None
+            load_weights(here.checkpoint, module)  # saved at the end of this stage
+            continue
+        outcome = _StageRun(recipe, stage, world, run, here).train(module)
+    return outcome
+
+
+def evaluate(recipe: ResolvedRecipe, world: World, weights: Path) -> dict[str, float]:
+    """The validation metrics of a checkpoint's weights on the data of the recipe's last stage."""
+    stage = recipe.stages[-1]
+    module = _build_module(recipe, stage)
+    load_weights(weights, module)
+    with _quiet_lightning():
+        trainer = pl.Trainer(**_hardware(recipe, world), **_QUIET, logger=False)
+        loader = _val_loader(recipe, stage, world)
+        (metrics,) = trainer.validate(module, loader, verbose=False)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+class _StageRun:
+    """One stage on one Trainer. Steps in logs and checkpoints count over the whole run."""
+
+    def __init__(self, recipe: ResolvedRecipe, stage: Stage, world: World, run: RunFolder, start: Start) -> None:
+        self.recipe, self.stage, self.world, self.run, self.start = recipe, stage, world, run, start
+        self.accumulate = scaling.accumulation(
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
+            world_size=world.world_size,
+        )
+        self.step = max(start.step, stage.first_step)
+        self.last_step = stage.first_step + stage.steps
+        validate = recipe.trainer.validate_every
+        epochs = validate.epochs or 0.0
+        wanted = validate.steps or max(round(epochs * stage.steps_per_epoch), 1)
+        self.validate_every = min(wanted, stage.steps)
+
+    def train(self, module: Task) -> Outcome:
+        recipe, stage, state = self.recipe, self.stage, self.start.state or {}
+        signals = StopSignals(self._leave_at_once)
+        best = Best(module.monitor, module.mode)
+        if state.get("best", {}).get("monitor") == module.monitor:
+            best = Best(**{**state["best"], "mode": module.mode})
+        checkpointer = Checkpointer(
+            self.run,
+            last_step=self.last_step,
+            every_steps=recipe.checkpoint.every_steps or self.validate_every,
+            validate_every=self.validate_every,
+            keep_last=recipe.checkpoint.keep_last,
+            save_best=recipe.checkpoint.save_best,
+            best=best,
+            describe=self._describe,
+            signals=signals,
+            validation_owed=bool(state.get("validation_owed")),
+        )
+        checkpointer.metrics = dict(state.get("metrics", {}))
+        callbacks = [
+            MicroBatchSeeds(recipe.seed),
+            _Restore(self.start, self.step - stage.first_step),
+            *build_callbacks(recipe),
+            ValidationLog(),
+            checkpointer,
+        ]
+        with _quiet_lightning():
+            trainer = pl.Trainer(
+                **_hardware(recipe, self.world),
+                **_QUIET,
+                logger=self._loggers(),
+                callbacks=callbacks,
+                max_steps=self.last_step,
+                max_epochs=-1,
+                accumulate_grad_batches=self.accumulate,
+                gradient_clip_val=recipe.trainer.gradient_clip_norm,
+                val_check_interval=self.validate_every * self.accumulate,
+                check_val_every_n_epoch=None,
+                log_every_n_steps=recipe.logging.every,
+                default_root_dir=str(self.run.path),
+            )
+            _set_counters(trainer, self.step, self.accumulate)
+            try:
+                trainer.fit(module, self._train_loader(), _val_loader(recipe, stage, self.world))
+            finally:
+                signals.restore()
+        return Outcome(trainer.global_step, checkpointer.metrics, checkpointer.best)
+
+    def _train_loader(self) -> torch.utils.data.DataLoader[Any]:
+        stage = self.stage
+        return train_loader(
+            build_data(stage, seed=self.recipe.seed),
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
+            start_step=self.step - stage.first_step,
+            steps=stage.steps,
+            seed=self.recipe.seed,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            num_workers=_num_workers(self.recipe, self.world),
+            pin_memory=self.world.accelerator == "cuda",
+        )
+
+    def _loggers(self) -> list[Logger]:
+        return build_loggers(self.recipe, self.run, resume_step=self.step, describe_step=self._progress)
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of a step."""
+        samples = sum(s.steps * s.global_batch_size for s in self.recipe.stages[: self.stage.index])
+        in_stage = (step - self.stage.first_step) * self.stage.global_batch_size
+        epoch = round(in_stage / self.stage.num_train, 4)
+        return {"stage": self.stage.name, "epoch": epoch, "samples": samples + in_stage}
+
+    def _describe(self, step: int) -> dict[str, Any]:
+        """What state.json says of a step apart from metrics."""
+        from lbzoo.engines.run_folder import environment
+
+        stage = self.stage
+        return {
+            "recipe": self.recipe.name,
+            "recipe_hash": self.recipe.hash,
+            "step": step,
+            "stage": stage.name,
+            "stage_index": stage.index,
+            "stage_step": step - stage.first_step,
+            **self._progress(step),
+            "sampler": {
+                "rule": "virtual shards",
+                "seed": self.recipe.seed,
+                "next_step": step - stage.first_step,
+                "global_batch_size": stage.global_batch_size,
+                "micro_batch_size": stage.micro_batch_size,
+                "num_train": stage.num_train,
+            },
+            "schedule": {"steps_done": step - stage.first_step, "steps": stage.steps},
+            "rng": {"rule": "seeded before each micro-batch from (seed, step, micro-batch)", "seed": self.recipe.seed},
+            "world_size": self.world.world_size,
+            "versions": environment()["packages"],
+        }
+
+    def _leave_at_once(self, signum: int) -> None:
+        if self.world.rank == 0:
+            self.run.write_status("interrupted", exit_code=128 + signum)
+
+
+class _Restore(pl.Callback):
+    """Loads the checkpoint once model and optimizer stand as they will be trained, and sets the schedule."""
+
+    def __init__(self, start: Start, stage_steps_done: int) -> None:
+        self._start, self._done = start, stage_steps_done
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._start.checkpoint is None:
+            return
+        load_checkpoint(self._start.checkpoint, pl_module, trainer.optimizers[0])
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            scheduler.last_epoch, scheduler._step_count = self._done, self._done + 1
+            scheduler._last_lr = scheduler.get_lr()
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = lr
+
+
+def _build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
+    """The same initial weights on every rank and for every layout: drawn on the CPU from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    module = build_task(stage)
+    module.bind(optimizer_factory(stage), build_schedule(stage))
+    return module
+
+
+def _carry_weights(earlier: Task, later: Task) -> None:
+    """Start a stage from the weights of the one before: every entry of the same name and shape."""
+    own = later.state_dict()
+    carried = {n: t for n, t in earlier.state_dict().items() if n in own and own[n].shape == t.shape}
+    if not carried:
+        raise CheckpointError("the stages share no parameter: the later one cannot start from the earlier one's weights")
+    fresh = [name for name in own if name not in carried]
+    if fresh:
+        log.warning("%d entries are new in this stage, the first is %s", len(fresh), fresh[0])
+    later.load_state_dict({**own, **carried})
+
+
+def _set_counters(trainer: pl.Trainer, step: int, accumulate: int) -> None:
+    """Make ``trainer.global_step`` and the validation interval count from ``step``.
+
+    These counters are what Lightning restores from a checkpoint of its own.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    done = loop.automatic_optimization.optim_progress.optimizer.step.total
+    done.ready = done.completed = step
+    batches = loop.batch_progress.total
+    batches.ready = batches.started = batches.processed = batches.completed = step * accumulate
+    loop._batches_that_stepped = step
+    # Lightning broadcasts a flag and reads it back from the device before every micro-batch; signals are ours.
+    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def _hardware(recipe: ResolvedRecipe, world: World) -> dict[str, Any]:
+    """The Trainer's arguments for devices, strategy and precision."""
+    settings = recipe.trainer
+    strategy: Any = "auto"
+    if world.world_size > 1:
+        strategy = pl.strategies.DDPStrategy(
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # running statistics are averaged when they are needed, not rank 0's taken
+            process_group_backend=None,
+        )
+    return {
+        "accelerator": "gpu" if world.accelerator == "cuda" else "cpu",
+        "devices": world.devices,
+        "num_nodes": world.num_nodes,
+        "strategy": strategy,
+        "precision": settings.precision,
+        "plugins": [_environment(world)],
+    }
+
+
+# What the engine does itself, or says in its own words.
+_QUIET: Mapping[str, Any] = {
+    "use_distributed_sampler": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def _environment(world: World) -> ClusterEnvironment:
+    """``distributed.start`` has set torchrun's variables, under SLURM too."""
+    return TorchElasticEnvironment() if world.launched_by else LightningEnvironment()
+
+
+def _val_loader(recipe: ResolvedRecipe, stage: Stage, world: World) -> torch.utils.data.DataLoader[Any]:
+    return val_loader(
+        build_data(stage, seed=recipe.seed),
+        micro_batch_size=stage.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        num_workers=_num_workers(recipe, world),
+        pin_memory=world.accelerator == "cuda",
+    )
+
+
+def _num_workers(recipe: ResolvedRecipe, world: World) -> int | str:
+    return recipe.trainer.num_workers
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without the remarks that do not apply: the loader's workers, the samplers, the devices are chosen here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+__all__ = ["Outcome", "Start", "evaluate", "replace", "train", "UsageError"]

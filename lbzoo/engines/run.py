@@ -1,0 +1,317 @@
+"""``lbzoo.fit`` and ``lbzoo.validate``: from a recipe's name to a finished run folder.
+
+Light to import: torch and Lightning come in with the engine, after every mistake that can be found without them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from lbzoo import scaling
+from lbzoo.checkpoint.folder import read_state, resolve_checkpoint
+from lbzoo.engines.launch import (
+    RUN_FOLDER_VARIABLE,
+    World,
+    check_launchable,
+    die_with_parent,
+    find_world,
+    launch_workers,
+)
+from lbzoo.engines.run_folder import RunFolder, create_run, find_unfinished, run_of
+from lbzoo.errors import CheckpointError, LbzooError, UsageError
+from lbzoo.recipe import ResolvedRecipe, build_data, load_recipe, with_sample_counts
+from lbzoo.recipe.schema import Scale
+
+if TYPE_CHECKING:
+    from lbzoo.engines.lightning import Outcome
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. ``metrics`` are those of the last validation, ``best`` the best monitored value and its step."""
+
+    run_dir: Path
+    state: str
+    exit_code: int
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    best: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    scale: Scale = "paper",
+    resume: str | Path | None = None,
+    init_from: str | Path | None = None,
+    runs: str | Path = "runs",
+    allow_plugins: bool = True,
+    say: Say = lambda text: None,
+) -> RunResult:
+    """Train a recipe.
+
+    Args:
+        recipe: a path, or the name of a recipe of the zoo.
+        overrides: ``key.sub=value`` strings, the strongest layer.
+        scale: ``paper``, or ``mini`` (embedded data, small model), or ``smoke`` (two optimizer steps).
+        resume: ``"auto"`` (the newest run of this recipe that is not finished, if any), a run folder or a checkpoint.
+        init_from: weights to start from: a run folder, a checkpoint, or a state dict in a file.
+        runs: where run folders are made: ``runs/<recipe>/<number>/``.
+        allow_plugins: whether the recipe may import code (``plugins``, ``package.module:Class``).
+        say: called with each line that a person at a terminal wants to read (rank 0 only).
+
+    Raises:
+        LbzooError: for everything that the user can mend; its ``exit_code`` says which kind.
+    """
+    resolved = load_recipe(recipe, overrides, scale=scale, allow_plugins=allow_plugins)
+    if resume is not None and init_from is not None:
+        raise UsageError("--resume continues a run with its own weights; give either it or --init-from")
+    world = _world(resolved)
+    for note in resolved.notes:
+        _say_once(world, say, f"note: {note}")
+    weights = _weights_path(init_from)
+    resolved = _check_before_start(resolved, world, say)
+    if not world.in_process:
+        check_launchable(world)
+        run = _open_run(resolved, resume, Path(runs), say)
+        say(f"starting {world.devices} processes")
+        arguments = _arguments(recipe, overrides, scale, resume, init_from, runs, allow_plugins)
+        return _result(run, launch_workers(world, arguments, run))
+    return _fit_in_process(resolved, world, resume, weights, Path(runs), say)
+
+
+def validate(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    prefer: str = "best",
+    allow_plugins: bool = True,
+) -> dict[str, float]:
+    """The validation metrics of a run's checkpoint (a run folder means its best one), with the run's own recipe."""
+    weights = resolve_checkpoint(Path(checkpoint), prefer=prefer)
+    run = run_of(weights)
+    resolved = load_recipe(run.recipe_file, overrides, allow_plugins=allow_plugins)
+    world = _world(resolved)
+    if not world.in_process:
+        raise UsageError(
+            f"validate runs in one process here: add trainer.devices=1, or start it with\n  torchrun "
+            f"--nproc-per-node={world.devices} -m lbzoo validate {checkpoint}"
+        )
+    build_data(resolved.stages[-1], seed=resolved.seed).prepare()
+    from lbzoo.engines import distributed
+    from lbzoo.engines.lightning import evaluate
+
+    distributed.start(world)
+    try:
+        return evaluate(resolved, world, weights)
+    finally:
+        distributed.stop()
+
+
+def _fit_in_process(
+    resolved: ResolvedRecipe, world: World, resume: str | Path | None, weights: Path | None, runs: Path, say: Say
+) -> RunResult:
+    if RUN_FOLDER_VARIABLE in os.environ:
+        die_with_parent(signal.SIGTERM)
+    from lbzoo.engines import distributed
+    from lbzoo.engines.lightning import Start, train
+
+    distributed.start(world)
+    quiet: Say = say if world.rank == 0 else lambda text: None
+    run = RunFolder(distributed.on_rank_zero(lambda: _open_run(resolved, resume, runs, quiet).path))
+    checkpoint = distributed.on_rank_zero(lambda: _resume_point(run) if resume is not None else None)
+    state = read_state(checkpoint) if checkpoint else None
+    start = Start(checkpoint, state, weights)
+    try:
+        outcome = _guarded(run, world, lambda: train(resolved, world, run, start))
+    finally:
+        distributed.stop()
+    if world.rank == 0:
+        best = {"monitor": outcome.best.monitor, "value": outcome.best.value, "step": outcome.best.step}
+        run.write_status("finished", exit_code=0, step=outcome.step, metrics=outcome.metrics, best=best)
+    return _result(run, 0)
+
+
+def _guarded(run: RunFolder, world: World, train: Callable[[], Outcome]) -> Outcome:
+    """Run the training and write into the run folder how it ended, whatever happens."""
+    from lbzoo.engines.signals import StopRequested
+
+    def failed(error: BaseException, exit_code: int, state: Any = "failed") -> None:
+        if world.rank == 0:
+            run.write_status(state, exit_code=exit_code, error=str(error))
+        elif state == "failed":
+            run.write_rank_failure(world.rank, error, exit_code)
+
+    try:
+        return train()
+    except StopRequested as stop:
+        failed(stop, stop.exit_code, "interrupted")
+        raise
+    except KeyboardInterrupt as stop:
+        failed(stop, 130, "interrupted")
+        raise
+    except LbzooError as error:
+        failed(error, error.exit_code)
+        raise
+    except BaseException as error:
+        failed(error, 1)
+        raise
+
+
+def _world(resolved: ResolvedRecipe) -> World:
+    settings = resolved.trainer
+    if settings.engine != "lightning":
+        raise UsageError(f"trainer.engine: {settings.engine} is not in this version of lbzoo; use lightning")
+    if settings.strategy == "fsdp":
+        raise UsageError("trainer.strategy: fsdp is not in this version of lbzoo; use ddp or auto")
+    return find_world(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes)
+
+
+def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> ResolvedRecipe:
+    """Everything that would go wrong later and can be seen now; steps are counted with the samples that are there."""
+    counts: dict[str, int] = {}
+    for stage in resolved.stages:
+        source = build_data(stage, seed=resolved.seed)
+        source.prepare()
+        found = source.facts().num_train
+        if found != stage.num_train:
+            counts[stage.name] = found
+            _say_once(world, say, f"note: {stage.data.name} has {found:,} training samples here, not the usual "
+                      f"{stage.num_train:,}: epochs are counted with these")  # fmt: skip
+    resolved = with_sample_counts(resolved, counts) if counts else resolved
+    for stage in resolved.stages:
+        scaling.accumulation(
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
+            world_size=world.world_size,
+        )
+    return resolved
+
+
+def _open_run(resolved: ResolvedRecipe, resume: str | Path | None, runs: Path, say: Say) -> RunFolder:
+    """The run's folder: the launcher's, the one to resume, or a new one with its recipe and environment in it."""
+    run: RunFolder | None = None
+    if RUN_FOLDER_VARIABLE in os.environ:
+        return RunFolder(Path(os.environ[RUN_FOLDER_VARIABLE]))
+    if resume == "auto":
+        run = find_unfinished(runs, resolved.name, resolved.scale)
+        if run is None:
+            say("nothing to resume: starting a new run")
+    elif resume is not None:
+        run = run_of(resolve_checkpoint(Path(resume)))
+        wanted = resolve_checkpoint(Path(resume))
+        if wanted != _resume_point(run):
+            raise UsageError(
+                f"{wanted.name} is not the last checkpoint of {run.path}; to branch off from it start a new run with "
+                f"--init-from {wanted}, or remove the later checkpoints to continue from it"
+            )
+    if run is not None:
+        _check_same_recipe(resolved, run)
+        point = _resume_point(run, say)
+        say(f"resuming {run.path} at step {read_state(point)['step'] if point else 0}")
+    else:
+        run = create_run(runs, resolved.name)
+        run.recipe_file.write_text(_recipe_text(resolved), encoding="utf-8")
+        say(f"run folder: {run.path}")
+    run.write_environment()
+    for file in run.path.glob("failure_rank*.json"):
+        file.unlink()
+    run.write_status("running", exit_code=None, error=None, recipe=resolved.name, scale=resolved.scale,
+                     recipe_hash=resolved.hash)  # fmt: skip
+    return run
+
+
+def _resume_point(run: RunFolder, say: Say = lambda text: None) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is passed over with a warning."""
+    steps = run.checkpoints.steps()
+    damage: CheckpointError | None = None
+    for step in reversed(steps):
+        path = run.checkpoints.step_path(step)
+        try:
+            read_state(path)
+        except CheckpointError as error:
+            damage = error
+            say(f"warning: {error}")
+        else:
+            return path
+    if damage is not None:
+        raise damage
+    return None
+
+
+def _check_same_recipe(resolved: ResolvedRecipe, run: RunFolder) -> None:
+    if run.status().get("recipe_hash") in (None, resolved.hash):
+        return
+    earlier = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
+    differing = _differences(earlier, resolved.document)
+    raise CheckpointError(
+        f"{run.path} was started with another recipe: " + ("; ".join(differing[:8]) or "the resolved values differ")
+        + ". Set these as they were, or start a new run from its weights with --init-from"
+    )  # fmt: skip
+
+
+def _differences(earlier: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(earlier, Mapping) and isinstance(now, Mapping):
+        keys = sorted({*earlier, *now}, key=str)
+        return [d for key in keys for d in _differences(earlier.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if earlier == now else [f"{path} was {earlier!r} and is {now!r}"]
+
+
+def _recipe_text(resolved: ResolvedRecipe) -> str:
+    """The resolved recipe as a file of its own: it can be checked, fitted and validated again."""
+    head = f"# The recipe of this run, resolved (scale {resolved.scale}, hash {resolved.hash}).\n"
+    return head + yaml.safe_dump(resolved.document, sort_keys=False, allow_unicode=True)
+
+
+def _weights_path(init_from: str | Path | None) -> Path | None:
+    if init_from is None:
+        return None
+    path = Path(init_from)
+    return path if path.is_file() else resolve_checkpoint(path, prefer="best")
+
+
+def _result(run: RunFolder, exit_code: int) -> RunResult:
+    status = run.status()
+    return RunResult(
+        run.path,
+        str(status.get("state", "failed")),
+        exit_code,
+        int(status.get("step") or 0),
+        status.get("metrics") or {},
+        status.get("best") or {},
+    )
+
+
+def _arguments(
+    recipe: str | Path,
+    overrides: Sequence[str],
+    scale: Scale,
+    resume: str | Path | None,
+    init_from: str | Path | None,
+    runs: str | Path,
+    allow_plugins: bool,
+) -> list[str]:
+    """The command line of a worker: the one that would have made this call."""
+    arguments = ["fit", str(recipe), *overrides, "--scale", scale, "--runs", str(runs)]
+    arguments += ["--resume", str(resume)] if resume is not None else []
+    arguments += ["--init-from", str(init_from)] if init_from is not None else []
+    arguments += [] if allow_plugins else ["--no-plugins"]
+    return arguments + (["--debug"] if "--debug" in sys.argv else [])
+
+
+def _say_once(world: World, say: Say, text: str) -> None:
+    """Where a launcher started several processes, only the first speaks; where lbzoo is the launcher, it does."""
+    if world.rank == 0 and RUN_FOLDER_VARIABLE not in os.environ:
+        say(text)

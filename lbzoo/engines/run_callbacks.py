@@ -1,0 +1,169 @@
+"""What every run needs inside a Lightning Trainer: seeds, validation logs, checkpoints, and stopping by signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lbzoo.checkpoint import save_checkpoint
+from lbzoo.engines.run_folder import RunFolder
+from lbzoo.engines.running_statistics import average_running_statistics
+from lbzoo.engines.seeding import seed_micro_batch
+from lbzoo.engines.signals import StopRequested, StopSignals
+
+
+class MicroBatchSeeds(Callback):
+    """Seeds the generators before each micro-batch from its place in the run (see seeding.py)."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        of_rank = trainer.accumulate_grad_batches
+        micro_batch = trainer.global_rank * of_rank + batch_idx % of_rank
+        seed_micro_batch(self._seed, trainer.global_step, micro_batch)
+
+
+class ValidationLog(Callback):
+    """Averages BatchNorm's statistics before validation and writes its metrics at the step they belong to.
+
+    Lightning itself would log a validation after step n at n - 1.
+    """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        average_running_statistics(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = validation_metrics(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+            logger.save()
+
+
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """The scalars of the last validation, by tag."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+@dataclass
+class Best:
+    """The best value of the task's monitored metric so far, and the step it was reached at."""
+
+    monitor: str
+    mode: str
+    value: float | None = None
+    step: int | None = None
+
+    def update(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Whether this validation is the best so far."""
+        value = metrics.get(self.monitor)
+        if value is None or value != value:
+            return False
+        better = self.value is None or (value > self.value if self.mode == "max" else value < self.value)
+        if better:
+            self.value, self.step = value, step
+        return better
+
+
+class Checkpointer(Callback):
+    """Saves at every ``every_steps`` steps, at each new best, at the stage's last step, and when a signal asks.
+
+    A checkpoint of a step at which validation is due is written after that validation, so that a resumed run owes
+    nothing; only a run that was told to stop saves before, and says so in ``validation_owed``.
+
+    Args:
+        run: where to.
+        last_step: the stage's last optimizer step, counted over the whole run.
+        every_steps: optimizer steps between saves.
+        validate_every: optimizer steps between validations.
+        keep_last: newest checkpoints to keep.
+        save_best: whether to keep the best one as well.
+        best: of the run so far.
+        describe: the part of ``state.json`` that does not change from save to save, for a given step.
+        signals: asked at the end of each step.
+        validation_owed: run a validation before the first step.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        last_step: int,
+        every_steps: int,
+        validate_every: int,
+        keep_last: int,
+        save_best: bool,
+        best: Best,
+        describe: Callable[[int], dict[str, Any]],
+        signals: StopSignals,
+        validation_owed: bool = False,
+    ) -> None:
+        self._run = run
+        self._last_step, self._every_steps, self._validate_every = last_step, every_steps, validate_every
+        self._keep_last, self._save_best, self.best = keep_last, save_best, best
+        self._describe = describe
+        self._signals = signals
+        self._validation_owed = validation_owed
+        self.metrics: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signals.install()
+        if self._validation_owed:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        validation_due = self._validation_due(step)
+        stop = self._signals.agreed()
+        if stop:
+            self._save(trainer, pl_module, validation_owed=validation_due)
+            raise StopRequested(stop)
+        if step >= self._last_step:
+            trainer.should_stop = True  # Lightning validates before it stops, whatever the interval
+        elif self._save_due(step) and not validation_due:
+            self._save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        self.metrics = validation_metrics(trainer)
+        is_best = self.best.update(self.metrics, step) and self._save_best
+        if is_best or self._save_due(step) or step >= self._last_step:
+            self._save(trainer, pl_module, is_best=is_best)
+
+    def _validation_due(self, step: int) -> bool:
+        return step % self._validate_every == 0 or step >= self._last_step
+
+    def _save_due(self, step: int) -> bool:
+        return step % self._every_steps == 0
+
+    def _save(
+        self, trainer: Trainer, module: LightningModule, *, is_best: bool = False, validation_owed: bool = False
+    ) -> None:
+        step = trainer.global_step
+        average_running_statistics(module)
+        state = {
+            **self._describe(step),
+            "metrics": self.metrics,
+            "best": {"monitor": self.best.monitor, "value": self.best.value, "step": self.best.step},
+            "validation_owed": validation_owed,
+        }
+        for logger in trainer.loggers:
+            logger.save()  # what is logged up to here is part of the state
+        folder = self._run.checkpoints
+        save_checkpoint(folder.step_path(step), module, trainer.optimizers[0], state)
+        if trainer.is_global_zero:
+            folder.link("last", step)
+            if is_best:
+                folder.link("best", step)
+            folder.clear(keep_last=self._keep_last)
+            self._run.write_status("running", step=step, metrics=self.metrics, best=state["best"])
+

@@ -1,0 +1,75 @@
+"""Stopping a run by signal, at a step that all ranks agree on.
+
+A signal reaches ranks at different moments. A rank that left at once would leave the others waiting in a collective,
+so each step's end starts a reduction of the ranks' flags that the next step's end reads: no rank ever waits for it, and
+all stop after the same step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+class StopRequested(BaseException):
+    """The run was asked to stop and its state is saved. Not an Exception: nothing in between may swallow it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signum
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGUSR1 ask for a stop; the second one leaves at once, after ``on_second``."""
+
+    HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, on_second: Callable[[int], None]) -> None:
+        self._on_second = on_second
+        self._received = 0
+        self._previous: dict[int, object] = {}
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def install(self) -> None:
+        """Take the handlers over; call it after Lightning has set its own."""
+        for signum in self.HANDLED:
+            self._previous.setdefault(signum, signal.getsignal(signum))
+            signal.signal(signum, self._handle)
+
+    def restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]  # what getsignal gave
+        self._previous.clear()
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self._received:
+            self._on_second(signum)
+            os._exit(128 + signum)
+        self._received = signum
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            what = "saving a checkpoint and leaving; once more leaves at once"
+            os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())
+
+    def agreed(self) -> int:
+        """The signal that all ranks stop for after this optimizer step, or 0. Call it once a step on every rank."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self._received
+        agreed = 0
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            agreed = int(flag.item())
+        if not agreed:
+            # On the CPU's back-end, so that no rank synchronises with its GPU.
+            flag = torch.tensor([self._received], dtype=torch.int32)
+            self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+        return agreed
