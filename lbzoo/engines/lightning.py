@@ -165,7 +165,7 @@ class _StageRun:
     def _train_loader(self) -> torch.utils.data.DataLoader[Any]:
         stage = self.stage
         return train_loader(
-            build_data(stage, seed=self.recipe.seed),
+            build_data(stage),
             global_batch_size=stage.global_batch_size,
             micro_batch_size=stage.micro_batch_size,
             start_step=self.step - stage.first_step,
@@ -309,7 +309,7 @@ def _environment(world: World) -> ClusterEnvironment:
 
 def _val_loader(recipe: ResolvedRecipe, stage: Stage, world: World) -> torch.utils.data.DataLoader[Any]:
     return val_loader(
-        build_data(stage, seed=recipe.seed),
+        build_data(stage),
         micro_batch_size=stage.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,

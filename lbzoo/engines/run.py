@@ -109,7 +109,7 @@ def validate(
             f"validate runs in one process here: add trainer.devices=1, or start it with\n  torchrun "
             f"--nproc-per-node={world.devices} -m lbzoo validate {checkpoint}"
         )
-    build_data(resolved.stages[-1], seed=resolved.seed).prepare()
+    build_data(resolved.stages[-1]).prepare()
     from lbzoo.engines import distributed
     from lbzoo.engines.lightning import evaluate
 
@@ -183,7 +183,7 @@ def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> Res
     """Everything that would go wrong later and can be seen now; steps are counted with the samples that are there."""
     counts: dict[str, int] = {}
     for stage in resolved.stages:
-        source = build_data(stage, seed=resolved.seed)
+        source = build_data(stage)
         source.prepare()
         found = source.facts().num_train
         if found != stage.num_train:

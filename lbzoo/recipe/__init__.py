@@ -1,7 +1,9 @@
 """Recipes: YAML files, checked and settled into plain data that both engines run."""
 
+from lbzoo.recipe.build import build_callbacks, build_data, build_schedule, build_task, optimizer_factory
 from lbzoo.recipe.nodes import Origin, Problem, RecipeError
 from lbzoo.recipe.resolved import Component, ResolvedRecipe, Stage
+from lbzoo.recipe.resolving import load_recipe, with_sample_counts
 from lbzoo.recipe.schema import (
     CheckpointSettings,
     Interval,
@@ -26,4 +28,11 @@ __all__ = [
     "ScheduleSettings",
     "Stage",
     "TrainerSettings",
+    "build_callbacks",
+    "build_data",
+    "build_schedule",
+    "build_task",
+    "load_recipe",
+    "optimizer_factory",
+    "with_sample_counts",
 ]

@@ -66,7 +66,7 @@ class Node:
         """A copy whose containers can be changed."""
         value = self.value
         if isinstance(value, dict):
-            value = {key: node.copy() for key, node in value.items()}
+            value = type(value)((key, node.copy()) for key, node in value.items())
         elif isinstance(value, list):
             value = [node.copy() for node in value]
         return Node(value, self.origin, self.component)
@@ -88,6 +88,15 @@ class Node:
         elif isinstance(self.value, list):
             for index, node in enumerate(self.value):
                 yield from node.walk((*path, index))
+
+
+def from_plain(value: Any, origin: Origin) -> Node:
+    """Plain data as nodes, every one with ``origin`` and its own path."""
+    if isinstance(value, dict):
+        return Node({str(key): from_plain(item, origin.child(str(key))) for key, item in value.items()}, origin)
+    if isinstance(value, list | tuple):
+        return Node([from_plain(item, origin.child(index)) for index, item in enumerate(value)], origin)
+    return Node(value, origin)
 
 
 def dotted(path: Iterable[Key]) -> str:

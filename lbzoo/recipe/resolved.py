@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lbzoo.recipe.nodes import Origin
+from lbzoo.recipe.nodes import KeyPath, Origin
 from lbzoo.recipe.schema import (
     CheckpointSettings,
     HardwareSettings,
@@ -57,6 +57,8 @@ class Stage:
     """What the recipe asked for, where it asked for epochs."""
     lr_before_scaling: float | None = None
     lr_scaling: LrScalingSettings | None = None
+    origins: Mapping[KeyPath, Origin] = field(default_factory=dict, repr=False, compare=False)
+    """Where each value of the stage was written, by its path in the stage: ``("optimizer", "lr")``."""
 
     @property
     def steps_per_epoch(self) -> float:
@@ -90,5 +92,5 @@ class ResolvedRecipe:
     """The merged recipe, scale block and overrides applied, as data that can be written as YAML and read again."""
     hash: str
     """Of everything that changes the training: not of devices, logging, checkpoints or callbacks."""
-    origins: Mapping[tuple[str | int, ...], Origin]
+    origins: Mapping[KeyPath, Origin]
     """Where each value of ``document`` was written, by its path."""

@@ -59,7 +59,7 @@ class ParamRule(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
-    match: list[str] | None = None
+    match: str | list[str] | None = None
     """Globs on parameter names as in `named_parameters()`: `["*.bias", "*norm*"]`."""
     ndim: int | list[int] | None = None
     """Numbers of dimensions: `1` takes biases and the scales of normalisation layers."""
@@ -89,6 +89,8 @@ class ScheduleSettings(ComponentSettings):
     """Epochs at the peak."""
     constant_ratio: Ratio | None = None
     """The time at the peak as a fraction of the stage's steps."""
+    decay_from: Literal["peak", "start"] | None = None
+    """Where the decay counts from: the end of the peak (default), or step 0: the rate then jumps after the warmup."""
 
     @model_validator(mode="after")
     def _one_length_each(self) -> ScheduleSettings:
@@ -167,7 +169,10 @@ class LoggingSettings(Settings):
 
 
 class StageSettings(Settings):
-    """One stage of a run: what differs from the top level. It starts from the weights of the stage before."""
+    """One stage of a run. In the file it says what differs from the top level; this is the two together.
+
+    A stage starts from the weights of the stage before.
+    """
 
     name: str
     """Addresses the stage: `stages.seq128.optimizer.lr=0.01`."""
@@ -213,9 +218,10 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Of initialisation, sampling order and augmentation."""
 
-    task: ComponentSettings
-    data: DataSettings
-    optimizer: OptimizerSettings
+    task: ComponentSettings | None = None
+    """Model, loss and metrics."""
+    data: DataSettings | None = None
+    optimizer: OptimizerSettings | None = None
     schedule: ScheduleSettings = ScheduleSettings()
     lr_scaling: LrScalingSettings | None = None
     steps: PositiveInt | None = None
@@ -223,7 +229,7 @@ class Recipe(Settings):
     epochs: PositiveFloat | None = None
     """Passes over the training data; the steps are rounded up."""
     stages: list[StageSettings] | None = None
-    """Stages in order; each is the top level, changed by what it says itself."""
+    """Stages in order; each is the top level, changed by what it says itself. Without it the run is one stage."""
 
     trainer: TrainerSettings = TrainerSettings()
     callbacks: list[ComponentSettings] = []

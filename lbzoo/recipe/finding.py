@@ -1,0 +1,103 @@
+"""Recipes by path or by name: in ``./recipes``, among the package's, and in other packages' entry points."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lbzoo.errors import UsageError, did_you_mean, nearest_name
+from lbzoo.recipe.nodes import display_path
+
+SUFFIXES = (".yaml", ".yml")
+ENTRY_POINT_GROUP = "lbzoo.recipes"
+PACKAGE_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A recipe by name. ``home`` says whose it is: ``./recipes``, ``lbzoo`` or the name of another package."""
+
+    name: str
+    path: Path
+    home: str
+
+
+def list_recipes() -> list[Found]:
+    """Every recipe that has a name; of two with the same name the first home wins: ./recipes, lbzoo, other packages."""
+    found: dict[str, Found] = {}
+    files: set[Path] = set()
+    own, shipped = _in_folder(Path("recipes"), "./recipes", "**/*"), _in_folder(PACKAGE_RECIPES, "lbzoo", "**/*")
+    for recipe in (*own, *shipped, *_entry_points()):
+        if recipe.path.resolve() not in files:
+            files.add(recipe.path.resolve())
+            found.setdefault(recipe.name, recipe)
+    return sorted(found.values(), key=lambda recipe: recipe.name)
+
+
+def find_recipe(ref: str | Path, folder: Path | None = None) -> Path:
+    """The file that ``ref`` names; a relative path is taken from ``folder`` (default: the working directory).
+
+    Raises UsageError with the nearest names where there is none.
+    """
+    text = str(ref)
+    path = (folder or Path()) / text
+    if path.is_file():
+        return path
+    if path.suffix in SUFFIXES or "/" in text or "\\" in text or isinstance(ref, Path):
+        return _find_path(path, text)
+    recipes = list_recipes()
+    matches = [recipe for recipe in recipes if recipe.name == text] or [
+        recipe for recipe in recipes if recipe.path.stem == text
+    ]
+    if len(matches) == 1:
+        return matches[0].path
+    if matches:
+        raise UsageError(f"'{text}' names several recipes: {', '.join(recipe.name for recipe in matches)}")
+    raise UsageError(f"no recipe named '{text}'{did_you_mean(text, [recipe.name for recipe in recipes])}")
+
+
+def _find_path(path: Path, text: str) -> Path:
+    if path.is_dir():
+        names = [recipe.path.name for recipe in _in_folder(path, text)]
+        inside = f"; it holds {', '.join(names[:10])}" if names else " and holds none"
+        raise UsageError(f"'{text}' is a folder, not a recipe file{inside}")
+    for suffix in SUFFIXES:
+        if path.suffix not in SUFFIXES and path.with_name(path.name + suffix).is_file():
+            return path.with_name(path.name + suffix)
+    siblings = {display_path(recipe.path): recipe.path.stem for recipe in _in_folder(path.parent, "")}
+    near = nearest_name(path.stem, siblings.values())
+    if near is not None:
+        hint = "; did you mean '" + next(file for file, stem in siblings.items() if stem == near) + "'?"
+    else:
+        names = [recipe.name for recipe in list_recipes()]
+        near = nearest_name(path.stem, names)
+        hint = f"; did you mean the recipe '{near}'?" if near else "; `lbzoo ls` lists the recipes"
+    raise UsageError(f"no recipe file '{text}'{hint}")
+
+
+def _in_folder(folder: Path, home: str, pattern: str = "*") -> Iterator[Found]:
+    """The recipe files of a folder; only our own folders are searched in depth, others may hold a data set."""
+    try:
+        files = sorted(path for path in folder.glob(pattern) if path.suffix in SUFFIXES and path.is_file())
+    except OSError:
+        return
+    for path in files:
+        yield Found(path.relative_to(folder).with_suffix("").as_posix(), path, home)
+
+
+def _entry_points() -> Iterator[Found]:
+    """Entry point ``name = package``: the file ``name.yaml`` in that package's folder. The package is not run."""
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            spec = importlib.util.find_spec(point.module)
+        except ImportError:  # a parent package that does not import costs its own recipes, not the list
+            continue
+        folders = spec.submodule_search_locations if spec is not None else None
+        for folder in folders or ():
+            path = Path(folder) / f"{point.name}.yaml"
+            if path.is_file():
+                yield Found(point.name, path, point.dist.name if point.dist else point.module)
+                break
