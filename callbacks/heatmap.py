@@ -1,0 +1,117 @@
+"""Layers x time as one image: how a quantity of every layer developed over the whole run.
+
+The history is bounded. When it is full, every other column goes and from then on every other one is kept, so that a run
+of any length is covered from its first step to its last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Nine colours of viridis, dark to bright; in between they are interpolated. Grey: no value.
+_ANCHORS = np.array(
+    [
+        (68, 1, 84),
+        (71, 44, 122),
+        (59, 81, 139),
+        (44, 113, 142),
+        (33, 144, 141),
+        (39, 173, 129),
+        (92, 200, 99),
+        (170, 220, 50),
+        (253, 231, 37),
+    ]
+)
+_NO_VALUE = (160, 160, 160)
+_SIZE = 640  # pixels that rows and columns share, each way
+_TEXT = 12  # pixels of a line of text
+
+
+class History:
+    """At most ``capacity`` columns of one number a layer (NaN where a layer has none)."""
+
+    def __init__(self, names: Sequence[str], capacity: int = 320) -> None:
+        self.names = list(names)
+        self.steps: list[int] = []
+        self._columns: list[list[float]] = []
+        self._capacity = capacity
+        self._stride = 1  # of what is added, every how many-th is kept
+        self._added = self._drawn = 0
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        if self._added % self._stride == 0 and len(self.steps) == self._capacity:
+            self.steps, self._columns = self.steps[::2], self._columns[::2]
+            self._stride *= 2
+        if self._added % self._stride == 0:
+            self.steps.append(step)
+            self._columns.append([values.get(name, math.nan) for name in self.names])
+        self._added += 1
+
+    def has_grown(self) -> bool:
+        """Whether a quarter has been added since it was last drawn."""
+        return self._added >= 1.25 * self._drawn and self.has_undrawn()
+
+    def has_undrawn(self) -> bool:
+        return self._added > self._drawn
+
+    def values_LT(self) -> NDArray[np.float64]:
+        """[layers, columns], to be drawn."""
+        self._drawn = self._added
+        return np.array(self._columns, dtype=np.float64).T
+
+
+def draw(history: History) -> NDArray[np.uint8]:
+    """The image [height, width, 3] of log10 of the history: first layer on top, time to the right, a colour bar."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs_LT = np.log10(history.values_LT())
+    low, high = _bounds(logs_LT)
+    height, width = (max(2, min(_TEXT, _SIZE // count)) for count in logs_LT.shape)
+    cells = _colours((logs_LT - low) / (high - low)).repeat(height, axis=0).repeat(width, axis=1)
+
+    font = ImageFont.load_default()
+    labels = max(int(font.getlength(name)) for name in history.names) + 8
+    body_height, body_width = cells.shape[:2]
+    bar_left = labels + body_width + 12
+    image = Image.new("RGB", (bar_left + 60, max(body_height, 8 * _TEXT) + 2 * _TEXT), "white")
+    image.paste(Image.fromarray(cells), (labels, _TEXT // 2))
+    bar = _colours(np.linspace(1, 0, 6 * _TEXT)[:, None]).repeat(_TEXT, axis=1)
+    image.paste(Image.fromarray(bar), (bar_left, _TEXT // 2))
+
+    pen = ImageDraw.Draw(image)
+    every = -(-_TEXT // height)  # rows between two names that do not overlap
+    for row in range(0, len(history.names), every):
+        pen.text((labels - 4, _TEXT // 2 + row * height + height / 2), history.names[row], "black", font, anchor="rm")
+    for share, log in ((0.0, high), (0.5, (low + high) / 2), (1.0, low)):
+        pen.text((bar_left + _TEXT + 4, _TEXT // 2 + share * len(bar)), f"{10**log:.2g}", "black", font, anchor="lm")
+    below = _TEXT // 2 + body_height + 2
+    pen.text((labels, below), f"step {history.steps[0]}", "black", font, anchor="lt" if body_width > 80 else "rt")
+    pen.text(
+        (labels + body_width, below), f"{history.steps[-1]}", "black", font, anchor="rt" if body_width > 80 else "lt"
+    )
+    return np.asarray(image)
+
+
+def _bounds(logs: NDArray[np.floating[Any]]) -> tuple[float, float]:
+    """What the darkest and the brightest colour stand for: whole halves of a decade around 98 % of the values."""
+    finite = logs[np.isfinite(logs)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = np.floor(np.quantile(finite, 0.01) * 2) / 2, np.ceil(np.quantile(finite, 0.99) * 2) / 2
+    return float(low), float(max(high, low + 0.5))
+
+
+def _colours(shares: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """[..., 3] colours of numbers in [0, 1]; outside: the nearest end; not finite: grey (a zero's log is below all)."""
+    positions = np.clip(np.nan_to_num(shares, nan=0.0), 0, 1) * (len(_ANCHORS) - 1)
+    colours = np.stack([np.interp(positions, range(len(_ANCHORS)), _ANCHORS[:, c]) for c in range(3)], axis=-1)
+    colours[~np.isfinite(shares)] = _NO_VALUE
+    return colours.round().astype(np.uint8)
