@@ -21,7 +21,7 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Nominal sizes of a data set: a run is planned with them where the files are not.
+    """Sizes of a data set: nominal ones, with which a run is planned where the files are not, or those of the files.
 
     ``num_classes`` and ``input_shape`` (without the batch dimension) fill a task's parameters of these names.
     """
@@ -59,7 +59,7 @@ class DataSource(abc.ABC):
 
     @abc.abstractmethod
     def facts(self) -> DataFacts:
-        """Nominal sizes; without heavy imports."""
+        """Nominal sizes, without heavy imports; after ``prepare()`` the numbers of samples that the files hold."""
 
     @abc.abstractmethod
     def prepare(self) -> None:

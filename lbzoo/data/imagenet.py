@@ -1,0 +1,221 @@
+"""ImageNet-1k from its JPEG files, and any other images in the same layout."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lbzoo.data.base import DataFacts, DataSource, SampleKey
+from lbzoo.data.image_folder import ImageFiles, ImageTree
+from lbzoo.data.rng import stable_rng
+from lbzoo.errors import DataError, UsageError
+from lbzoo.registry import register_data
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+    from torch import Tensor
+
+    Pixels = NDArray[np.uint8]
+
+log = logging.getLogger(__name__)
+
+NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
+ROOT_VARIABLE = "LBZOO_IMAGENET"
+# Sets these random numbers apart from the sampler's, whose keys are shorter.
+_AUGMENTATION = 1
+# So many unreadable files in a row are no accident.
+_MAX_SKIPPED_IN_A_ROW = 100
+
+
+def collate_images(samples: Sequence[tuple[Pixels, int]]) -> tuple[Tensor, Tensor]:
+    """(images [N, 3, H, W] uint8, labels [N]): the pixels stay as they lie, which is channels-last memory format."""
+    import numpy as np
+    import torch
+
+    pixels, labels = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+@register_data("imagenet")
+class ImageNet(DataSource):
+    """ImageNet-1k, or other images in its layout: ``{train,val}/<class>/<image>`` under ``root`` or $LBZOO_IMAGENET.
+
+    A micro-batch is (images [N, 3, H, W] uint8, channels-last; labels [N] int64); tasks normalise it on the device.
+
+    Training images are flipped at random and cropped to a square of ``image_size`` pixels. ``train_crop`` says how:
+    ``random_resized`` takes a random rectangle that covers ``crop_area`` of the image and scales it; ``random`` scales
+    the shorter side to ``resize_size`` and takes a random square (resize, then random crop, in the NovoGrad paper's
+    words). Validation does the latter with the square in the middle.
+
+    An image that cannot be read is an error, or, with ``skip_corrupt``, a warning: the next one takes its place.
+    """
+
+    collate = staticmethod(collate_images)
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        image_size: int = 224,
+        resize_size: int = 256,
+        train_crop: Literal["random_resized", "random"] = "random_resized",
+        crop_area: tuple[float, float] = (0.08, 1.0),
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+        num_classes: int = 1000,
+        skip_corrupt: bool = False,
+    ) -> None:
+        if not 1 <= image_size <= resize_size:
+            raise UsageError(f"data imagenet: image_size {image_size} must lie between 1 and resize_size {resize_size}")
+        smallest, largest = crop_area
+        if not 0 < smallest <= largest <= 1:
+            raise UsageError(f"data imagenet: crop_area is two parts of the image, the smaller first, got {crop_area}")
+        self.root = root
+        self.num_classes = num_classes
+        self.skip_corrupt = skip_corrupt
+        self.preprocessing = Preprocessing(image_size, resize_size, train_crop, (smallest, largest), interpolation)
+        self._counts: tuple[int, int] = (NUM_TRAIN, NUM_VAL)
+
+    def facts(self) -> DataFacts:
+        size = self.preprocessing.image_size
+        return DataFacts(*self._counts, self.num_classes, (3, size, size), "images")
+
+    def prepare(self) -> None:
+        tree = self._tree
+        problems = tree.problems()
+        if not problems and len(tree.train.classes) > self.num_classes:
+            problems = [f"train: {len(tree.train.classes)} classes, but data.num_classes is {self.num_classes}"]
+        if problems:
+            raise DataError(
+                "\n  ".join([f"the images in {tree.root} cannot be used:", *problems]) + f"\n{_HOW_TO_GET_IT}"
+            )
+        self._counts = len(tree.train), len(tree.val)
+
+    def train_dataset(self, *, seed: int = 0) -> TrainImages:
+        return TrainImages(self._tree.train, self.preprocessing, skip_corrupt=self.skip_corrupt, seed=seed)
+
+    def val_dataset(self) -> ValImages:
+        return ValImages(self._tree.val, self.preprocessing, skip_corrupt=self.skip_corrupt)
+
+    @cached_property
+    def _tree(self) -> ImageTree:
+        root = self.root or os.environ.get(ROOT_VARIABLE)
+        if not root:
+            raise DataError(
+                f"there is no folder of images: neither data.root nor {ROOT_VARIABLE} is set\n{_HOW_TO_GET_IT}"
+            )
+        return ImageTree(Path(root).expanduser())
+
+
+_HOW_TO_GET_IT = f"""\
+Set data.root=FOLDER, or {ROOT_VARIABLE}=FOLDER in the environment, to a folder with the images in
+  FOLDER/train/<class>/<image>   FOLDER/val/<class>/<image>
+(the layout of torchvision's ImageFolder; ImageNet-1k has 1000 classes named like n01440764). Both archives,
+ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, are to be had from image-net.org after a registration."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the pixels that a model sees, [H, W, 3] uint8. Sizes in pixels, ``crop_area`` in parts of it."""
+
+    image_size: int
+    resize_size: int
+    train_crop: Literal["random_resized", "random"]
+    crop_area: tuple[float, float]
+    interpolation: Literal["bilinear", "bicubic"]
+
+    def for_training(self, image: Image.Image, rng: np.random.RandomState) -> Pixels:
+        from lbzoo.data import image_transforms as transforms
+
+        if self.train_crop == "random_resized":
+            image = transforms.random_resized_crop(
+                image, self.image_size, rng, area=self.crop_area, resample=self._resample
+            )
+        else:
+            image = transforms.resize_shorter_side(image, self.resize_size, self._resample)
+            image = transforms.random_crop(image, self.image_size, rng)
+        return _pixels(transforms.random_flip(image, rng))
+
+    def for_validation(self, image: Image.Image) -> Pixels:
+        from lbzoo.data import image_transforms as transforms
+
+        image = transforms.resize_shorter_side(image, self.resize_size, self._resample)
+        return _pixels(transforms.center_crop(image, self.image_size))
+
+    @property
+    def _resample(self) -> Image.Resampling:
+        from PIL import Image
+
+        return Image.Resampling[self.interpolation.upper()]
+
+
+class _Images:
+    """The images of a split. ``skipped`` counts unreadable ones, over all loader processes."""
+
+    def __init__(self, files: ImageFiles, preprocessing: Preprocessing, *, skip_corrupt: bool) -> None:
+        self.files = files
+        self.preprocessing = preprocessing
+        self.skipped = multiprocessing.Value("q", 0) if skip_corrupt else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        """The image, and its index: that of the next readable one where this one is not and may be skipped."""
+        for candidate in range(index, index + _MAX_SKIPPED_IN_A_ROW):
+            path = self.files.path(candidate % len(self))
+            try:
+                return _decode(path), candidate % len(self)
+            except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say that a file is broken
+                reason = str(error).replace(f" '{path}'", "")
+            if self.skipped is None:
+                raise DataError(
+                    f"cannot read the image {path}: {reason}; replace the file, or set data.skip_corrupt=true to take "
+                    "the next image in its place"
+                )
+            with self.skipped.get_lock():
+                self.skipped.value += 1
+                log.warning("skipped unreadable image number %d, %s: %s", self.skipped.value, path, reason)
+        raise DataError(f"{_MAX_SKIPPED_IN_A_ROW} images in a row cannot be read, the last is {path}: {reason}")
+
+
+class TrainImages(_Images):
+    """Training images by SampleKey; what is random in them is a function of (seed, index, epoch)."""
+
+    def __init__(self, files: ImageFiles, preprocessing: Preprocessing, *, skip_corrupt: bool, seed: int) -> None:
+        super().__init__(files, preprocessing, skip_corrupt=skip_corrupt)
+        self.seed = seed
+
+    def __getitem__(self, key: SampleKey) -> tuple[Pixels, int]:
+        image, index = self._read(key.index)
+        rng = stable_rng(self.seed, index, key.epoch, _AUGMENTATION)
+        return self.preprocessing.for_training(image, rng), int(self.files.labels[index])
+
+
+class ValImages(_Images):
+    """Validation images by index."""
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int]:
+        image, index = self._read(index)
+        return self.preprocessing.for_validation(image), int(self.files.labels[index])
+
+
+def _decode(path: Path) -> Image.Image:
+    """The image in RGB; ImageNet has some in grey and in CMYK."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    import numpy as np
+
+    return np.asarray(image)
