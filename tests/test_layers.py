@@ -88,7 +88,17 @@ def test_imports_point_downwards(part: str, path: Path) -> None:
 
 @pytest.mark.parametrize(("part", "path"), [f for f in FILES if f[0] in TORCH_ONLY], ids=lambda x: str(x)[-40:])
 def test_optimizers_and_statistics_need_torch_alone(part: str, path: Path) -> None:
-    third_party = {"lightning", "accelerate", "timm", "torchvision", "transformers", "pydantic", "yaml", "rich", "typer"}
+    third_party = {
+        "lightning",
+        "accelerate",
+        "timm",
+        "torchvision",
+        "transformers",
+        "pydantic",
+        "yaml",
+        "rich",
+        "typer",
+    }
     for module, line in imported_modules(path, at_import_only=True):
         assert module.split(".")[0] not in third_party, f"{path}:{line}: {module}"
 
@@ -98,7 +108,9 @@ def test_only_sharding_knows_dtensor() -> None:
         if part in ("sharding", "testing"):
             continue
         for module, line in imported_modules(path):
-            assert not module.startswith("torch.distributed.tensor"), f"{path}:{line}: DTensor is sharding.py's business"
+            assert not module.startswith("torch.distributed.tensor"), (
+                f"{path}:{line}: DTensor is sharding.py's business"
+            )
 
 
 def test_one_engine_a_file() -> None:
@@ -118,4 +130,6 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
         if part not in light:
             continue
         for module, line in imported_modules(path, at_import_only=True):
-            assert module.split(".")[0] not in heavy, f"{path}:{line}: import {module} inside the function that needs it"
+            assert module.split(".")[0] not in heavy, (
+                f"{path}:{line}: import {module} inside the function that needs it"
+            )

@@ -27,9 +27,7 @@ from lbzoo.errors import CheckpointError, did_you_mean
 FORMAT = 1
 
 
-def save_checkpoint(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> None:
+def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Write ``path`` (which must not exist under this name yet): tensors, then ``state.json``, then the rename.
 
     ``state`` is JSON-able. Collective: every rank calls it; rank 0 renames, and all wait for that.
@@ -68,13 +66,11 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
     state = _read_supported(path)
     _check_same_model(path, module)
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    target = {"model": model_state, "optimizer": optimizer_state}
+    target: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     _check_same_keys(path, target["optimizer"]["state"], "optimizer.state.", "optimizer state")
     with _quiet():
         dcp.load(target, checkpoint_id=path)
-    set_state_dict(
-        module, optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"]
-    )
+    set_state_dict(module, optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
     return state
 
 

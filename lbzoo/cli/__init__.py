@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 import typer
 from typer.exceptions import TyperException
@@ -43,9 +44,7 @@ def options(
     version: bool = typer.Option(False, "--version", help="Print the version and leave."),
 ) -> None:
     if version:
-        import lbzoo
-
-        typer.echo(f"lbzoo {lbzoo.__version__}")
+        typer.echo(f"lbzoo {metadata.version('lbzoo')}")
         raise typer.Exit
 
 

@@ -47,7 +47,9 @@ def _devices() -> dict[str, dict[str, Any]]:
     import torch
 
     gpus = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    cpu = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    cpu = {
+        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    }
     return {"devices": {**cpu, **(gpus or {"cuda": f"no GPU (torch was built for CUDA {torch.version.cuda})"})}}
 
 
@@ -61,7 +63,9 @@ def _extras() -> dict[str, str]:
 
 def _data() -> dict[str, str]:
     folders = {name: os.environ.get(name) for name in sorted(os.environ) if name.startswith("LBZOO_")}
-    return {name: f"{path}{'' if path and os.path.exists(path) else ' (does not exist)'}" for name, path in folders.items()}
+    return {
+        name: f"{path}{'' if path and os.path.exists(path) else ' (does not exist)'}" for name, path in folders.items()
+    }
 
 
 def _problems(report: dict[str, dict[str, Any]]) -> list[str]:
@@ -73,5 +77,7 @@ def _problems(report: dict[str, dict[str, Any]]) -> list[str]:
         try:
             importlib.import_module("fbgemm_gpu")
         except Exception as error:
-            problems.append(f"fbgemm_gpu does not import ({error}); without an NVIDIA driver `make setup` swaps in its CPU build")
+            problems.append(
+                f"fbgemm_gpu does not import ({error}); without an NVIDIA driver `make setup` swaps in its CPU build"
+            )
     return problems

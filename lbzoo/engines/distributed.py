@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -39,17 +39,16 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     """Call ``function`` on rank 0 and return its value on every rank; what it raises is raised on every rank."""
     if not dist.is_initialized():
         return function()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome = [(function(), None)]
+            outcome[0] = function()
         except Exception as error:  # carried to the other ranks, which would wait for ever
-            outcome = [(None, error)]
+            outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]  # None only where function returned it
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast("T", outcome[0])
 
 
 def _set_variables_from_slurm(world: World) -> None:

@@ -19,17 +19,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
+from torch.optim.lr_scheduler import LambdaLR
 
 from lbzoo import scaling
 from lbzoo.checkpoint import load_checkpoint, load_weights
 from lbzoo.data.loader import train_loader, val_loader
 from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
-from lbzoo.engines.run_callbacks import Best, Checkpointer, MicroBatchSeeds, ValidationLog
-from lbzoo.engines.run_folder import RunFolder
+from lbzoo.engines.run_callbacks import AtValidation, Best, Checkpointer, MicroBatchSeeds
+from lbzoo.engines.run_folder import RunFolder, environment
 from lbzoo.engines.signals import StopSignals
-from lbzoo.errors import CheckpointError, UsageError
+from lbzoo.errors import CheckpointError
 from lbzoo.recipe import (
+    Component,
     ResolvedRecipe,
     Stage,
     build_callbacks,
@@ -136,8 +138,8 @@ class _StageRun:
         callbacks = [
             MicroBatchSeeds(recipe.seed),
             _Restore(self.start, self.step - stage.first_step),
-            *build_callbacks(recipe),
-            ValidationLog(),
+            *_callbacks(recipe),
+            AtValidation(),
             checkpointer,
         ]
         with _quiet_lightning():
@@ -155,6 +157,7 @@ class _StageRun:
                 log_every_n_steps=recipe.logging.every,
                 default_root_dir=str(self.run.path),
             )
+            trainer.first_step = stage.first_step  # type: ignore[attr-defined]  # for callbacks: see TrainerView
             _set_counters(trainer, self.step, self.accumulate)
             try:
                 trainer.fit(module, self._train_loader(), _val_loader(recipe, stage, self.world))
@@ -173,7 +176,7 @@ class _StageRun:
             seed=self.recipe.seed,
             rank=self.world.rank,
             world_size=self.world.world_size,
-            num_workers=_num_workers(self.recipe, self.world),
+            num_workers=self.recipe.trainer.num_workers,
             pin_memory=self.world.accelerator == "cuda",
         )
 
@@ -189,8 +192,6 @@ class _StageRun:
 
     def _describe(self, step: int) -> dict[str, Any]:
         """What state.json says of a step apart from metrics."""
-        from lbzoo.engines.run_folder import environment
-
         stage = self.stage
         return {
             "recipe": self.recipe.name,
@@ -231,8 +232,12 @@ class _Restore(pl.Callback):
         load_checkpoint(self._start.checkpoint, pl_module, trainer.optimizers[0])
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
+            assert isinstance(scheduler, LambdaLR)  # Task.configure_optimizers makes no other
             scheduler.last_epoch, scheduler._step_count = self._done, self._done + 1
-            scheduler._last_lr = scheduler.get_lr()
+            scheduler._last_lr = [
+                base * multiplier(self._done)
+                for base, multiplier in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = lr
 
@@ -245,12 +250,22 @@ def _build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
     return module
 
 
+def _callbacks(recipe: ResolvedRecipe) -> list[pl.Callback]:
+    """The recipe's callbacks, and what every run shows unless the recipe says how itself."""
+    named = {callback.name for callback in recipe.callbacks}
+    always = [Component("train_metrics", {"every": recipe.logging.every}), Component("progress")]
+    missing = tuple(component for component in always if component.name not in named)
+    return build_callbacks(replace(recipe, callbacks=(*missing, *recipe.callbacks)))
+
+
 def _carry_weights(earlier: Task, later: Task) -> None:
     """Start a stage from the weights of the one before: every entry of the same name and shape."""
     own = later.state_dict()
     carried = {n: t for n, t in earlier.state_dict().items() if n in own and own[n].shape == t.shape}
     if not carried:
-        raise CheckpointError("the stages share no parameter: the later one cannot start from the earlier one's weights")
+        raise CheckpointError(
+            "the stages share no parameter: the later one cannot start from the earlier one's weights"
+        )
     fresh = [name for name in own if name not in carried]
     if fresh:
         log.warning("%d entries are new in this stage, the first is %s", len(fresh), fresh[0])
@@ -263,9 +278,9 @@ def _set_counters(trainer: pl.Trainer, step: int, accumulate: int) -> None:
     These counters are what Lightning restores from a checkpoint of its own.
     """
     loop = trainer.fit_loop.epoch_loop
-    done = loop.automatic_optimization.optim_progress.optimizer.step.total
-    done.ready = done.completed = step
-    batches = loop.batch_progress.total
+    steps: Any = loop.automatic_optimization.optim_progress.optimizer.step.total
+    steps.ready = steps.completed = step
+    batches: Any = loop.batch_progress.total
     batches.ready = batches.started = batches.processed = batches.completed = step * accumulate
     loop._batches_that_stepped = step
     # Lightning broadcasts a flag and reads it back from the device before every micro-batch; signals are ours.
@@ -313,13 +328,9 @@ def _val_loader(recipe: ResolvedRecipe, stage: Stage, world: World) -> torch.uti
         micro_batch_size=stage.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
-        num_workers=_num_workers(recipe, world),
+        num_workers=recipe.trainer.num_workers,
         pin_memory=world.accelerator == "cuda",
     )
-
-
-def _num_workers(recipe: ResolvedRecipe, world: World) -> int | str:
-    return recipe.trainer.num_workers
 
 
 @contextmanager
@@ -336,6 +347,3 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-__all__ = ["Outcome", "Start", "evaluate", "replace", "train", "UsageError"]

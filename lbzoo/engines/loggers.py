@@ -46,7 +46,7 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _build(name: str, recipe: ResolvedRecipe, run: RunFolder, resume_step: int) -> Logger:
     if name == "tensorboard":
         # Events after resume_step are of the run that was cut off: TensorBoard drops them.
-        purge = {"purge_step": resume_step + 1} if resume_step else {}
+        purge: dict[str, Any] = {"purge_step": resume_step + 1} if resume_step else {}
         return TensorBoardLogger(str(run.path), name="tensorboard", version="", default_hp_metric=False, **purge)
     if name == "csv":
         # A CSVLogger empties a folder that it finds filled.

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 
 class MetricsFile(Logger):
-    """Appends to ``path``; everything logged at one step becomes one line, written when the next step is logged.
+    """Appends to ``path``; everything logged at one step becomes one line.
 
     Args:
         path: the file. Lines after ``resume_step`` are dropped first: a resumed run writes them again.
@@ -30,10 +30,9 @@ class MetricsFile(Logger):
         self._path = path
         self._resume_step = resume_step
         self._describe_step = describe_step
-        self._step: int | None = None
-        self._values: dict[str, float] = {}
+        self._line: dict[str, Any] = {}  # of the step that is being logged
+        self._offset: int | None = None  # in the file, where that line begins; None before the first value
         self._started = time.time()
-        self._opened = False
 
     @property
     def name(self) -> str:
@@ -50,26 +49,26 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add scalars to the line of ``step``."""
-        step = step if step is not None else (self._step or 0)
-        if step != self._step:
+        if self._offset is None:
+            self._line, self._offset = _reopen(self._path, self._resume_step)
+        step = step if step is not None else int(self._line.get("step", 0))
+        if step != self._line.get("step"):
             self.save()
-            self._step = step
+            self._offset = self._path.stat().st_size if self._path.exists() else 0
+            self._line = {"step": step, **self._describe_step(step), "time": round(time.time() - self._started, 3)}
         # Lightning adds an "epoch" of its own, which counts loader passes; ours is in describe_step.
-        self._values.update({name: float(value) for name, value in metrics.items() if name != "epoch"})
+        self._line |= {name: _json_number(float(value)) for name, value in metrics.items() if name != "epoch"}
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the pending line."""
-        if not self._values or self._step is None:
+        """Write the line of the step that is being logged; what the step logs later replaces it."""
+        if self._offset is None or not self._line:
             return
-        if not self._opened:
-            _drop_lines_after(self._path, self._resume_step)
-            self._opened = True
-        line = {"step": self._step, **self._describe_step(self._step), "time": round(time.time() - self._started, 3)}
-        line |= {name: _json_number(value) for name, value in self._values.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._values = {}
+        text = (json.dumps(self._line) + "\n").encode()
+        with self._path.open("r+b" if self._path.exists() else "w+b") as file:
+            file.seek(self._offset)
+            file.write(text)  # over the shorter line of this step: a kill in between loses nothing
+            file.truncate()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -88,13 +87,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int]:
+    """The line of ``resume_step``, to which more may come, and where it begins; the lines after it are dropped."""
     if not path.exists():
-        return
-    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
+        return {}, 0
+    before = [line for line in read_metrics(path) if line.get("step", 0) < resume_step]
+    last = next((line for line in read_metrics(path) if line.get("step") == resume_step), {})
+    text = "".join(json.dumps(line) + "\n" for line in before)
+    whole = text + (json.dumps(last) + "\n" if last else "")
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    beside.write_text(whole, encoding="utf-8")
     beside.replace(path)
+    return last, len(text.encode())
 
 
 def _json_number(value: float) -> float | str:

@@ -27,20 +27,21 @@ class MicroBatchSeeds(Callback):
         seed_micro_batch(self._seed, trainer.global_step, micro_batch)
 
 
-class ValidationLog(Callback):
-    """Averages BatchNorm's statistics before validation and writes its metrics at the step they belong to.
+class AtValidation(Callback):
+    """Averages BatchNorm's statistics before validation, and has its metrics logged at the step they belong to.
 
-    Lightning itself would log a validation after step n at n - 1.
+    Lightning counts the step that validation follows only after it, and would log a validation after step n at n - 1.
     """
+
+    _counted = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average_running_statistics(pl_module)
+        loop = trainer.fit_loop.epoch_loop
+        self._counted, loop._batches_that_stepped = loop._batches_that_stepped, trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = validation_metrics(trainer)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-            logger.save()
+        trainer.fit_loop.epoch_loop._batches_that_stepped = self._counted
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
@@ -166,4 +167,3 @@ class Checkpointer(Callback):
                 folder.link("best", step)
             folder.clear(keep_last=self._keep_last)
             self._run.write_status("running", step=step, metrics=self.metrics, best=state["best"])
-

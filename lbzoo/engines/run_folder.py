@@ -144,7 +144,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that lbzoo runs from, with ``+changes`` where it has any; None for an installed one."""
+    """The commit of the checkout that lbzoo runs from, with ``+changes`` where it has any; else None."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

@@ -7,7 +7,13 @@ from lbzoo.engines.launch import World, check_launchable, find_world
 from lbzoo.errors import UsageError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-SLURM = {"SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
+SLURM = {
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NAME": "train",
+}
 
 
 def test_alone_on_a_cpu() -> None:
