@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lbzoo import schedules
 from lbzoo.recipe.components import component_class
 from lbzoo.recipe.resolved import ResolvedRecipe, Stage
+from lbzoo.registry import options_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -48,5 +49,10 @@ def optimizer_factory(stage: Stage) -> Callable[[nn.Module], Optimizer]:
 
 
 def build_callbacks(recipe: ResolvedRecipe) -> list[Callback]:
-    """The recipe's callbacks, in its order."""
-    return [component_class("callback", callback.name)(**callback.options) for callback in recipe.callbacks]
+    """The recipe's callbacks, in its order; ``every`` is ``logging.every`` where the recipe does not say otherwise."""
+    callbacks = []
+    for callback in recipe.callbacks:
+        kind = component_class("callback", callback.name)
+        every = {"every": recipe.logging.every} if "every" in options_of(kind) else {}
+        callbacks.append(kind(**{**every, **callback.options}))
+    return callbacks
