@@ -30,8 +30,8 @@ _ANCHORS = np.array(
     ]
 )
 _NO_VALUE = (160, 160, 160)
-_SIZE = 640  # pixels that rows and columns share, each way
-_TEXT = 12  # pixels of a line of text
+_SIZE = 480, 640  # pixels that the rows share, and that the columns share
+_TEXT = 17  # pixels of a line of text
 
 
 class History:
@@ -74,29 +74,24 @@ def draw(history: History) -> NDArray[np.uint8]:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs_LT = np.log10(history.values_LT())
     low, high = _bounds(logs_LT)
-    height, width = (max(2, min(_TEXT, _SIZE // count)) for count in logs_LT.shape)
+    height, width = (max(2, min(_TEXT, size // n)) for size, n in zip(_SIZE, logs_LT.shape, strict=True))
     cells = _colours((logs_LT - low) / (high - low)).repeat(height, axis=0).repeat(width, axis=1)
 
-    font = ImageFont.load_default()
-    labels = max(int(font.getlength(name)) for name in history.names) + 8
-    body_height, body_width = cells.shape[:2]
-    bar_left = labels + body_width + 12
-    image = Image.new("RGB", (bar_left + 60, max(body_height, 8 * _TEXT) + 2 * _TEXT), "white")
-    image.paste(Image.fromarray(cells), (labels, _TEXT // 2))
+    font = ImageFont.load_default(_TEXT - 3)
+    left, top = max(int(font.getlength(name)) for name in history.names) + 8, _TEXT // 2
+    bottom, right = top + cells.shape[0], left + cells.shape[1]
+    below = max(bottom, top + 6 * _TEXT) + 6
+    image = Image.new("RGB", (max(right + 5 * _TEXT, left + 12 * _TEXT), below + 2 * _TEXT), "white")
+    image.paste(Image.fromarray(cells), (left, top))
     bar = _colours(np.linspace(1, 0, 6 * _TEXT)[:, None]).repeat(_TEXT, axis=1)
-    image.paste(Image.fromarray(bar), (bar_left, _TEXT // 2))
+    image.paste(Image.fromarray(bar), (right + _TEXT, top))
 
     pen = ImageDraw.Draw(image)
-    every = -(-_TEXT // height)  # rows between two names that do not overlap
-    for row in range(0, len(history.names), every):
-        pen.text((labels - 4, _TEXT // 2 + row * height + height / 2), history.names[row], "black", font, anchor="rm")
+    for row in range(0, len(history.names), -(-_TEXT // height)):  # names that do not overlap
+        pen.text((left - 4, top + (row + 0.5) * height), history.names[row], "black", font, anchor="rm")
     for share, log in ((0.0, high), (0.5, (low + high) / 2), (1.0, low)):
-        pen.text((bar_left + _TEXT + 4, _TEXT // 2 + share * len(bar)), f"{10**log:.2g}", "black", font, anchor="lm")
-    below = _TEXT // 2 + body_height + 2
-    pen.text((labels, below), f"step {history.steps[0]}", "black", font, anchor="lt" if body_width > 80 else "rt")
-    pen.text(
-        (labels + body_width, below), f"{history.steps[-1]}", "black", font, anchor="rt" if body_width > 80 else "lt"
-    )
+        pen.text((right + 2 * _TEXT + 4, top + share * len(bar)), f"{10**log:.2g}", "black", font, anchor="lm")
+    pen.text((left, below), f"steps {history.steps[0]} to {history.steps[-1]}", "black", font, anchor="la")
     return np.asarray(image)
 
 

@@ -55,7 +55,7 @@ class Layer:
 def trained_layers(optimizers: Sequence[Optimizer], module: nn.Module) -> list[Layer]:
     """The optimizers' parameters, in the module's order; those that are not the module's come last.
 
-    Named as in their groups, else as in the module, else by their position.
+    Named as in the module, else as in their groups, else by their position.
     """
     of_module = {id(parameter): name for name, parameter in module.named_parameters()}
     order = {key: index for index, key in enumerate(of_module)}
@@ -65,7 +65,7 @@ def trained_layers(optimizers: Sequence[Optimizer], module: nn.Module) -> list[L
             of_group = group.get("param_names")
             for position, parameter in enumerate(group["params"]):
                 reported_as = of_group[position] if of_group else f"group{index}.{position}"
-                name = reported_as if of_group else of_module.get(id(parameter), reported_as)
+                name = of_module.get(id(parameter), reported_as)
                 found.append(Layer(name, reported_as, parameter, optimizer, group))
     found.sort(key=lambda layer: order.get(id(layer.parameter), len(order)))
     names = short_names([layer.name for layer in found])

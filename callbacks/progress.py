@@ -41,6 +41,7 @@ class Progress(Callback):
         self._began = time.monotonic()
         self._clock = TrainingClock()
         self._readings: deque[Reading] = deque([Reading()], maxlen=self._display.smoothing if self._display else 1)
+        self._speed: float | None = None
         self._loss = LossSum()  # of the coming step
         self._step_loss: tuple[Tensor, int] | None = None  # of the last one
         self._lr: float | Tensor | None = None
@@ -129,15 +130,16 @@ class Progress(Callback):
     def _show(self, trainer: TrainerView) -> None:
         assert self._display is not None
         now = self._clock.read()
-        speed = samples_per_second(self._readings[0], now)
-        self._readings.append(now)
+        if now.steps > self._readings[-1].steps:
+            self._speed = samples_per_second(self._readings[0], now)
+            self._readings.append(now)
         steps_left = None if self._total is None else self._total - self._step
         loss = self._step_loss
         self._display.show(
             Status(
                 self._step,
                 self._total,
-                samples_per_second=speed,
+                samples_per_second=self._speed,
                 seconds_left=seconds_left(now, steps_left) if steps_left else None,
                 loss=None if loss is None else float(loss[0]) / loss[1],
                 lr=None if self._lr is None else float(self._lr),

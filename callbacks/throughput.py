@@ -23,35 +23,32 @@ class TrainingClock:
     """
 
     def __init__(self) -> None:
-        self._steps = self._samples = 0
         self._began: float | None = None
-        self._paused = 0.0  # seconds, of the pauses that are over
+        self._paused = 0.0  # seconds of all pauses so far
         self._pause_began: float | None = None
+        self._reading = Reading()
 
     def count(self, samples: int) -> None:
         """One more optimizer step is done, on ``samples`` samples."""
+        now = time.monotonic()
         if self._began is None:
-            self._began = time.monotonic()
-        else:
-            self._steps += 1
-            self._samples += samples
+            self._began = now
+            return
+        wall = now - self._began
+        steps, total = self._reading.steps + 1, self._reading.samples + samples
+        self._reading = Reading(steps, total, wall - self._paused, wall)
 
     def pause(self) -> None:
-        if self._began is not None:
-            self._pause_began = time.monotonic()
+        self._pause_began = time.monotonic()
 
     def resume(self) -> None:
-        if self._pause_began is not None:
+        if self._began is not None and self._pause_began is not None:
             self._paused += time.monotonic() - self._pause_began
-            self._pause_began = None
+        self._pause_began = None
 
     def read(self) -> Reading:
-        if self._began is None:
-            return Reading()
-        now = time.monotonic()
-        pausing = now - self._pause_began if self._pause_began is not None else 0.0
-        wall = now - self._began
-        return Reading(self._steps, self._samples, wall - self._paused - pausing, wall)
+        """As of the end of the last step."""
+        return self._reading
 
 
 def samples_per_second(earlier: Reading, later: Reading) -> float | None:
