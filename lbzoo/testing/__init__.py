@@ -11,6 +11,7 @@ from __future__ import annotations
 from lbzoo.testing.check import Check as Check
 from lbzoo.testing.check import CheckResult as CheckResult
 from lbzoo.testing.kit import check_optimizer as check_optimizer
+from lbzoo.testing.kit import iterate_checks as iterate_checks
 from lbzoo.testing.kit import list_checks as list_checks
 
-__all__ = ["Check", "CheckResult", "check_optimizer", "list_checks"]
+__all__ = ["Check", "CheckResult", "check_optimizer", "iterate_checks", "list_checks"]

@@ -12,10 +12,12 @@ question does not apply. Its docstring says what goes wrong in practice without 
 from __future__ import annotations
 
 import inspect
+import logging
 import textwrap
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -56,12 +58,11 @@ class Check:
     function: CheckFunction
 
     def run(self, subject: Subject) -> CheckResult:
-        """Run the check with warnings silenced, and the global random state and gradient mode put back."""
+        """Run the check without its warnings and log lines; global random state and gradient mode stay as they are."""
         began = time.perf_counter()
         status: Literal["passed", "failed", "skipped"] = "passed"
         reason = ""
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            warnings.simplefilter("ignore")
+        with _silence(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             try:
                 self.function(subject)
             except CheckSkipped as skipped:
@@ -71,6 +72,18 @@ class Check:
             except Exception as error:
                 status, reason = "failed", f"{type(error).__name__}: {error}"
         return CheckResult(self.name, status, textwrap.shorten(reason, 300), time.perf_counter() - began)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 _checks: dict[str, Check] = {}

@@ -1,8 +1,7 @@
 """FSDP2 and distributed checkpoints, on two and three gloo processes.
 
 The model of :mod:`lbzoo.testing.example` has the same gradients on every rank, so that a sharded training must be the
-training of one process. Over two and three ranks its parameters fall into even, uneven and empty shards, and one of
-them stays whole on every rank, as small parameters and frozen embeddings do.
+training of one process. Over two and three ranks its parameters fall into even, uneven and empty shards.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from lbzoo.testing.check import check, expect, skip
+from lbzoo.testing.check import CheckFailure, check, expect, skip
 from lbzoo.testing.checks_statistics import tracked_step
 from lbzoo.testing.example import Example, backward, expect_close, train, weights
-from lbzoo.testing.processes import shared_processes
+from lbzoo.testing.processes import JobError, shared_processes
 from lbzoo.testing.subject import Subject
 
 T = TypeVar("T")
@@ -33,19 +32,22 @@ def on_ranks(subject: Subject, ranks: int, job: Callable[..., T], *args: Any) ->
     """What rank 0 returns from ``job(reference, options, *args)``, run on so many ranks."""
     if subject.reference is None:
         skip("another process cannot import it: name it as module:Class or file.py:Class")
-    return shared_processes().run(ranks, job, subject.reference, dict(subject.options), *args)[0]
+    try:
+        return shared_processes().run(ranks, job, subject.reference, dict(subject.options), *args)[0]
+    except JobError as error:
+        raise CheckFailure(str(error)) from error
 
 
-def sharded_example(copies: int = 1) -> Example:
-    """The example, layer by layer under fully_shard; a plain module on one rank."""
+def sharded_example(*, copies: int = 1, replicated: tuple[str, ...] = ()) -> Example:
+    """The example under fully_shard, layer by layer, ``replicated`` parameters left out; a plain module on one rank."""
     model = Example(copies=copies)
     ranks = dist.get_world_size()
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
-        replicated: set[nn.Parameter] = {model.get_parameter("layers.conv0.bias")}
+        ignored: set[nn.Parameter] = {model.get_parameter(name) for name in replicated}
         for layer in model.layers.values():
-            fully_shard(layer, mesh=mesh, ignored_params=replicated & set(layer.parameters()))
-        fully_shard(model, mesh=mesh, ignored_params=replicated)
+            fully_shard(layer, mesh=mesh, ignored_params=ignored & set(layer.parameters()))
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
     return model
 
 
@@ -54,16 +56,29 @@ def fsdp2_equals_one_process(subject: Subject) -> None:
     """Under FSDP2 a norm taken of the local shard is the norm of a part of the layer: every rank then scales its shard
     by a trust ratio of its own, and the run is worse for no visible reason.
     """
+    expect_one_process(subject, ())
+
+
+@check()
+def fsdp2_with_replicated_parameters(subject: Subject) -> None:
+    """Parameters that FSDP2 is told to ignore are whole on every rank, beside the shards of the others: adding up their
+    norms as well counts them once a rank, and kernels over mixed lists refuse them.
+    """
+    expect_one_process(subject, ("layers.conv0.bias", "layers.head0.weight"))
+
+
+def expect_one_process(subject: Subject, replicated: tuple[str, ...]) -> None:
+    """Fail unless five steps on two and on three ranks are the five steps of one process."""
     plain = Example()
     train(plain, subject.build(plain), range(5))
     for ranks in (2, 3):
-        actual = on_ranks(subject, ranks, train_sharded, 5)
+        actual = on_ranks(subject, ranks, train_sharded, replicated)
         expect_close(actual, weights(plain), weights(Example()), f"sharded over {ranks} ranks")
 
 
-def train_sharded(reference: str, options: Options, steps: int) -> dict[str, Tensor]:
-    model = sharded_example()
-    train(model, Subject.resolve(reference, options).build(model), range(steps))
+def train_sharded(reference: str, options: Options, replicated: tuple[str, ...]) -> dict[str, Tensor]:
+    model = sharded_example(replicated=replicated)
+    train(model, Subject.resolve(reference, options).build(model), range(5))
     return weights(model)
 
 
@@ -75,7 +90,7 @@ def collectives_do_not_grow_with_layers(subject: Subject) -> None:
 
 
 def count_collectives(reference: str, options: Options, copies: int) -> int:
-    model = sharded_example(copies)
+    model = sharded_example(copies=copies)
     optimizer = Subject.resolve(reference, options).build(model)
     train(model, optimizer, range(1))
     backward(model, 1)

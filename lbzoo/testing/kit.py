@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import lbzoo.testing
-from lbzoo.errors import UnknownNameError
+from lbzoo.errors import UnknownNameError, UsageError
 from lbzoo.testing.check import Check, CheckResult, registered_checks
+from lbzoo.testing.example import Example
 from lbzoo.testing.subject import Subject
 
 
@@ -50,13 +51,28 @@ def check_optimizer(
     ``optimizer`` is a name (``lamb``, ``timm:lamb``, ``torch:AdamW``, ``package.module:Class``, ``./mine.py:Mine``), a
     class or a factory ``f(params, **options)``. ``options`` go to its constructor; its learning rate is 0.1 unless
     they hold one. ``only`` selects checks by globs on names or topics, ``slow`` adds those that take more than seconds.
-    The sharding checks start three processes, which later calls use again.
+    The sharding checks start three processes, which later calls use again. Raises UsageError where the optimizer
+    cannot be found, or cannot be built with these options.
     """
-    return list(iterate_checks(Subject.resolve(optimizer, options), list_checks(only), slow=slow))
+    return list(iterate_checks(optimizer, options=options, only=only, slow=slow))
 
 
-def iterate_checks(subject: Subject, checks: Sequence[Check], *, slow: bool = False) -> Iterator[CheckResult]:
-    """The results as they come."""
+def iterate_checks(
+    optimizer: str | Callable[..., torch.optim.Optimizer],
+    *,
+    options: Mapping[str, Any] | None = None,
+    only: str | Sequence[str] | None = None,
+    slow: bool = False,
+) -> Iterator[CheckResult]:
+    """The results of :func:`check_optimizer` as they come."""
+    checks = list_checks(only)
+    subject = Subject.resolve(optimizer, options)
+    try:
+        subject.build(Example())
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{subject.label} cannot be built: {type(error).__name__}: {error}") from error
     for check in checks:
         if check.slow and not slow:
             yield CheckResult(check.name, "skipped", "slow", 0.0)

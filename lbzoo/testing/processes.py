@@ -162,9 +162,15 @@ def serve(descriptor: int) -> None:
         try:
             answer = (True, _run(*pickle.loads(connection.recv_bytes())))
         except BaseException as error:  # torch's CheckpointException is no Exception
-            answer = (False, f"{type(error).__name__}: {error}")
+            answer = (False, f"{type(error).__name__}: {_gist(error)}")
         # Not connection.send(), which would pass tensors on as shared memory that ends with this process.
         connection.send_bytes(pickle.dumps(answer))
+
+
+def _gist(error: BaseException) -> str:
+    """The message; of one that quotes a traceback, as torch's CheckpointException does, its last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1].strip() if "Traceback" in text else text
 
 
 def _run(job: Callable[..., T], args: tuple[Any, ...], rank: int, size: int, meeting_point: str, timeout: float) -> T:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lbzoo.errors import UsageError, did_you_mean
+from lbzoo.recipe.components import import_plugin
 from lbzoo.registry import Option, optimizers, options_of
 
 Factory = Callable[..., Optimizer]
@@ -76,25 +74,6 @@ def importable_name(component: object) -> str | None:
     return f"{module}:{name}" if importable else None
 
 
-def load_file(path: Path) -> ModuleType:
-    """The module in a Python file, imported once under a name made of its path; raises UsageError if it is missing."""
-    path = path.resolve()
-    name = f"{path.stem}_{zlib.crc32(bytes(path)):08x}"
-    if name not in sys.modules:
-        if not path.is_file():
-            raise UsageError(f"no file {path}")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
-
-
 def _registry_name(reference: str) -> str:
     """The name under which create_optimizer finds ``reference``; a file is imported first."""
     file, colon, name = reference.rpartition(":")
@@ -102,7 +81,9 @@ def _registry_name(reference: str) -> str:
         raise UsageError(f"'{reference}' names a file: add the optimizer in it, as in {reference}:Mine")
     if not (colon and file.endswith(".py")):
         return reference
-    module = load_file(Path(file))
+    path = Path(file).resolve()
+    import_plugin(path)
+    module = next(module for module in sys.modules.values() if getattr(module, "__file__", None) == str(path))
     if hasattr(module, name):
         return f"{module.__name__}:{name}"
     if name in optimizers:

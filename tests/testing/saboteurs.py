@@ -501,6 +501,15 @@ class DiffersWhenCompiled(Honest):
         return 0.5 * group["lr"] if torch.compiler.is_compiling() else group["lr"]
 
 
+@caught_by("torch_compile")
+class CompilesEveryStep(Honest):
+    """A bias correction as a Python number that is another one at every step."""
+
+    def lr(self, group):
+        group["left"] = group.get("left", 1.0) * 0.99
+        return group["lr"] * (1 - group["left"])
+
+
 @caught_by("fused_equals_plain")
 class FusedForgetsDecay(Honest):
     def __init__(self, params, *, lr: float = 0.1, weight_decay: float = 0.01, fused: bool = False):
@@ -549,8 +558,17 @@ class ReportsLocalStatistics(Honest):
 # Sharding
 
 
+@caught_by("fsdp2_with_replicated_parameters")
+class AddsUpReplicatedNorms(Honest):
+    def norms(self, parameters, tensors):
+        squares = torch.stack([tensor.square().sum() for tensor in tensors])
+        anything_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+        return (self.over_ranks(squares) if anything_sharded else squares).sqrt()
+
+
 @caught_by(
     "fsdp2_equals_one_process",
+    "fsdp2_with_replicated_parameters",
     "layer_stats_sharded",
     "checkpoint_from_2_ranks_to_1",
     "checkpoint_from_2_ranks_to_3",
