@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import yaml
 
 from lbzoo.errors import UsageError
+from lbzoo.papers import find_rows
 from lbzoo.scaling import accumulation, scaled_lr, scaled_warmup_epochs, steps_for_epochs
 from lbzoo.schedules import build_schedule
 
-PAPERS = Path(__file__).resolve().parent.parent / "lbzoo" / "papers"
 IMAGENET_TRAIN = 1281167
 
 
-def lamb_rows(table: str) -> list[dict]:
-    paper = yaml.safe_load((PAPERS / "lamb.yaml").read_text(encoding="utf-8"))
-    rows = next(entry for entry in paper["tables"] if entry["id"] == table)["rows"]
-    assert len(rows) == 7
-    return rows
-
-
 def test_lamb_table_4_from_its_first_row() -> None:
-    rows = lamb_rows("lamb/4")
+    rows = find_rows("lamb/4")
+    assert len(rows) == 7
     base = rows[0]
     for row in rows:
         sizes = {"base_global_batch_size": base["batch_size"], "global_batch_size": row["batch_size"]}
@@ -36,7 +27,8 @@ def test_lamb_table_4_from_its_first_row() -> None:
 
 
 def test_lamb_table_5_from_its_first_row() -> None:
-    rows = lamb_rows("lamb/5")
+    rows = find_rows("lamb/5")
+    assert len(rows) == 7
     base = rows[0]
     for row in rows:
         sizes = {"base_global_batch_size": base["batch_size"], "global_batch_size": row["batch_size"]}

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from lbzoo.errors import UsageError
+from lbzoo.papers import find_rows, load_paper
 from lbzoo.registry import schedules
 from lbzoo.schedules import Phases, Schedule, build_schedule
-
-PAPERS = Path(__file__).resolve().parent.parent / "lbzoo" / "papers"
-
-
-def lans_paper() -> dict:
-    return yaml.safe_load((PAPERS / "lans.yaml").read_text(encoding="utf-8"))
-
-
-def lans_table_1() -> list[dict]:
-    return next(table for table in lans_paper()["tables"] if table["id"] == "lans/1")["rows"]
 
 
 def build(name: str, steps: int = 100, steps_per_epoch: float = 10.0, **options: object) -> Schedule:
@@ -42,7 +31,7 @@ def eq_9(t: int, total: int, warmup: int, constant: int) -> float:
 
 
 def test_areas_of_lans_figure_1() -> None:
-    figure = lans_paper()["figures"][0]
+    figure = load_paper("lans")["figures"][0]
     given, reported = figure["inputs"], figure["reported"]
     phases = {"warmup_steps": given["T_warmup"]}
     eq8 = build("warmup_constant_linear", given["T"], **phases)
@@ -54,7 +43,7 @@ def test_areas_of_lans_figure_1() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_lans_table_1(stage: int) -> None:
-    row = lans_table_1()[stage]
+    row = find_rows("lans/1")[stage]
     schedule = build(
         "warmup_constant_linear",
         row["steps"],
@@ -77,7 +66,8 @@ def test_decay_from_the_start_is_lamb_section_4() -> None:
     schedule = build("polynomial", 100, warmup_steps=20, decay_from="start")
     assert values(schedule)[:20] == pytest.approx([t / 20 for t in range(1, 21)])
     assert values(schedule)[20:] == pytest.approx([1 - t / 100 for t in range(21, 101)])
-    assert schedule(20) == 1 and schedule(21) == pytest.approx(0.79)  # the jump
+    assert schedule(20) == 1
+    assert schedule(21) == pytest.approx(0.79)
 
 
 def torch_multipliers(steps: int, make: type, **options: object) -> list[float]:
@@ -114,7 +104,9 @@ def test_decay_after_warmup_and_constant_is_the_whole_decay(name: str) -> None:
 def test_nvidia_dlrm_schedule() -> None:
     """Warmup 8000, constant to 48000, quadratic decay over 24000 (papers/vrgd.yaml, external)."""
     schedule = build("polynomial", 72000, warmup_steps=8000, constant_steps=40000, power=2)
-    assert schedule(48000) == 1 and schedule(60000) == pytest.approx(0.25) and schedule(72000) == 0
+    assert schedule(48000) == 1
+    assert schedule(60000) == pytest.approx(0.25)
+    assert schedule(72000) == 0
 
 
 def test_goyal_scheme() -> None:

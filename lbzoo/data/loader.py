@@ -15,15 +15,20 @@ from lbzoo.errors import DataError
 
 
 class Loader(DataLoader[Any]):
-    """torch's DataLoader, in which the DataError of a loader process arrives as it was raised.
+    """torch's DataLoader, in which the DataError of a loader process arrives as it was raised, and at once.
 
-    torch would put that process's traceback into the message.
+    torch puts that process's traceback into the message, and leaves the other processes to the garbage collector, which
+    then waits five seconds for each.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch wants an iterator class of its own
+        batches = super().__iter__()
         try:
-            yield from super().__iter__()
+            yield from batches
         except DataError as error:
+            if self.num_workers > 0:
+                batches._shutdown_workers()  # type: ignore[attr-defined]  # of the iterator with processes
+                self._iterator = None
             kind = type(error)
             message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2]
             raise kind(message.rstrip()) from None
