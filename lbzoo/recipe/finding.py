@@ -101,3 +101,16 @@ def _entry_points() -> Iterator[Found]:
             if path.is_file():
                 yield Found(point.name, path, point.dist.name if point.dist else point.module)
                 break
+
+
+def summary(path: Path) -> str:
+    """What the first line of a recipe says after its command; read without parsing the file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    if not first.startswith("#"):
+        return ""
+    command, _, said = first.lstrip("# ").strip().partition("  ")
+    return said.strip() or ("" if command.startswith("lbzoo ") else command)

@@ -89,8 +89,6 @@ class ScheduleSettings(ComponentSettings):
     """Epochs at the peak."""
     constant_ratio: Ratio | None = None
     """The time at the peak as a fraction of the stage's steps."""
-    decay_from: Literal["peak", "start"] | None = None
-    """Where the decay counts from: the end of the peak (default), or step 0: the rate then jumps after the warmup."""
 
     @model_validator(mode="after")
     def _one_length_each(self) -> ScheduleSettings:

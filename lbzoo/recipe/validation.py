@@ -57,6 +57,12 @@ def validate_value(annotation: Any, node: Node) -> tuple[Any, list[Problem]]:
         return None, _problems(error, node)
 
 
+def json_schema_of(annotation: Any) -> dict[str, Any]:
+    """The JSON schema of an option's annotation; ``{}``, anything, where it cannot be checked."""
+    adapter = _adapter(annotation)
+    return {} if adapter is None else adapter.json_schema()
+
+
 def shown(value: Any) -> str:
     """A value as an error message shows it."""
     if value is None:

@@ -1,0 +1,98 @@
+"""The JSON schema of recipe files, for editors that complete and check YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from lbzoo.recipe.components import REGISTRIES, component_options
+from lbzoo.recipe.merging import SHARED_KEYS, STAGE_KEYS
+from lbzoo.recipe.schema import DataSettings, OptimizerSettings, Recipe, ScheduleSettings
+from lbzoo.recipe.tidying import COMPONENTS, Kind
+from lbzoo.recipe.validation import json_schema_of
+from lbzoo.registry import REQUIRED
+
+_SHARED: dict[Kind, type[BaseModel] | None] = {
+    "task": None,
+    "data": DataSettings,
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "callback": None,
+}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Keys with their types and descriptions; the options of a component follow its name."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    for kind in (*COMPONENTS, "callback"):
+        definitions[kind] = _component(kind, definitions)
+    properties = schema["properties"]
+    for kind in COMPONENTS:
+        properties[kind] = {"$ref": f"#/$defs/{kind}", "description": properties[kind].get("description", "")}
+    properties["callbacks"]["items"] = {"$ref": "#/$defs/callback"}
+    changes = {key: properties[key] for key in properties if key not in ("version", "base", "mini")}
+    stage = {
+        "type": "object",
+        "properties": {key: properties[key] for key in STAGE_KEYS},
+        "additionalProperties": False,
+    }
+    stage["properties"]["name"] = {"type": "string"}
+    definitions["stage"] = stage
+    by_name = {"type": "object", "additionalProperties": {"$ref": "#/$defs/stage"}}
+    properties["stages"] |= {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/stage"}}, by_name]}
+    properties["mini"] |= {"anyOf": [{"type": "object", "properties": changes, "additionalProperties": False}]}
+    schema["required"] = ["version"]
+    used = {key: value for key, value in definitions.items() if key not in ("ComponentSettings", "StageSettings")}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lbzoo recipe", "$defs": used}
+
+
+def _component(kind: Kind, definitions: dict[str, Any]) -> dict[str, Any]:
+    """A name alone, or a block whose further keys depend on the name."""
+    found = REGISTRIES[kind]
+    names = found.names()
+    shared = _shared_properties(kind, definitions)
+    name = {
+        "anyOf": [
+            {"enum": names},
+            {"type": "string", "pattern": ":", "description": "package.module:Class"},
+        ]
+    }
+    options = [
+        {
+            "if": {"properties": {"name": {"const": each}}, "required": ["name"]},
+            "then": {
+                "description": found.entry(each).first_line,
+                "properties": {"name": True, **shared, **_options(kind, each)},
+                "additionalProperties": False,
+            },
+        }
+        for each in names
+    ]
+    block = {"type": "object", "properties": {"name": name, **shared}, "allOf": options}
+    return {"anyOf": [{**name}, block]}
+
+
+def _shared_properties(kind: Kind, definitions: dict[str, Any]) -> dict[str, Any]:
+    model = _SHARED[kind]
+    if model is None:
+        return {}
+    schema = model.model_json_schema()
+    definitions.update(schema.get("$defs", {}))
+    return {key: value for key, value in schema["properties"].items() if key != "name" and key in SHARED_KEYS[kind]}
+
+
+def _options(kind: Kind, name: str) -> dict[str, Any]:
+    properties = {}
+    for key, option in component_options(kind, name).items():
+        described = json_schema_of(option.annotation)
+        if option.default is not REQUIRED:
+            described = {**described, "default": _json_default(option.default)}
+        properties[key] = described
+    return properties
+
+
+def _json_default(value: Any) -> Any:
+    """A default as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,117 @@
+"""What a stage will come to, before it costs anything; the data's files are not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lbzoo.errors import LbzooError
+from lbzoo.recipe.arithmetic import BatchSum, Shards, batch_sum, lr_arithmetic, shards, steps_arithmetic
+from lbzoo.recipe.build import build_data, build_schedule
+from lbzoo.recipe.dry_run import dry_run
+from lbzoo.recipe.resolved import ResolvedRecipe, Stage
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """One full copy of the model and of its optimizer's state; sharding divides the bytes.
+
+    ``optimizer_bytes`` is None where the optimizer cannot say.
+    """
+
+    parameters: int
+    tensors: int
+    weight_bytes: int
+    optimizer_bytes: int | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The numbers of a stage. Steps are optimizer steps, sizes and shards count samples (``unit``)."""
+
+    name: str
+    unit: str
+    num_train: int
+    global_batch_size: int
+    micro_batch_size: int
+    batches: tuple[BatchSum, ...]
+    steps: int
+    steps_arithmetic: str
+    steps_per_epoch: float
+    warmup_steps: int
+    constant_steps: int
+    schedule: str
+    samples: int
+    epochs: float
+    shards: Shards
+    optimizer: str
+    lr: float | None
+    lr_arithmetic: str
+    model: ModelSize | None = None
+    model_problem: str = ""
+
+
+def plan_stage(recipe: ResolvedRecipe, stage: Stage, *, count_model: bool = True) -> StagePlan:
+    """The numbers of a stage; with ``count_model`` the model is built on the meta device, which imports all of it."""
+    schedule = build_schedule(stage)
+    samples = stage.steps * stage.global_batch_size
+    model, problem = _model_size(stage) if count_model else (None, "")
+    return StagePlan(
+        name=stage.name,
+        unit=build_data(stage).facts().unit,
+        num_train=stage.num_train,
+        global_batch_size=stage.global_batch_size,
+        micro_batch_size=stage.micro_batch_size,
+        batches=_batches(recipe, stage),
+        steps=stage.steps,
+        steps_arithmetic=steps_arithmetic(stage),
+        steps_per_epoch=stage.steps_per_epoch,
+        warmup_steps=schedule.warmup_steps,
+        constant_steps=schedule.constant_steps,
+        schedule=schedule.describe(),
+        samples=samples,
+        epochs=samples / stage.num_train,
+        shards=shards(stage),
+        optimizer=stage.optimizer.name,
+        lr=stage.optimizer.options.get("lr"),
+        lr_arithmetic=lr_arithmetic(stage),
+        model=model,
+        model_problem=problem,
+    )
+
+
+def _batches(recipe: ResolvedRecipe, stage: Stage) -> tuple[BatchSum, ...]:
+    """As the paper ran it, where the recipe knows, and on this machine."""
+    device, devices = _devices_here(recipe)
+    here = batch_sum(stage, where="here", device=device, devices=devices, num_nodes=recipe.trainer.num_nodes)
+    paper = recipe.hardware
+    if paper is None:
+        return (here,)
+    then = batch_sum(
+        stage,
+        where="as the paper ran it",
+        device=paper.device,
+        devices=paper.devices,
+        num_nodes=paper.num_nodes,
+    )
+    return then, here
+
+
+def _devices_here(recipe: ResolvedRecipe) -> tuple[str, int]:
+    """What ``trainer.devices`` comes to on this machine; a number counts, whether or not so many are here."""
+    import torch
+
+    trainer = recipe.trainer
+    gpus = torch.cuda.device_count() if trainer.accelerator != "cpu" else 0
+    device = torch.cuda.get_device_name(0) if gpus else "GPU" if trainer.accelerator == "cuda" else "CPU"
+    return device, trainer.devices if isinstance(trainer.devices, int) else gpus or 1
+
+
+def _model_size(stage: Stage) -> tuple[ModelSize | None, str]:
+    """The sizes, or why there are none: a plan is worth having without them."""
+    try:
+        built = dry_run(stage)
+    except (LbzooError, ImportError, NotImplementedError, RuntimeError) as error:
+        return None, str(error)
+    sizes = (built.parameters, built.tensors, built.weight_bytes, built.optimizer_bytes)
+    return ModelSize(*sizes, warnings=built.warnings), ""
