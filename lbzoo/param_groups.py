@@ -44,8 +44,8 @@ class _Given:
 
 def build_param_groups(
     target: Target, rules: Sequence[Rule] = (), *, options: Collection[str] | None = None
-) -> tuple[list[dict[str, Any]], list[list[str]] | None]:
-    """(torch-style groups, the parameters' names in each, or None where the target has none).
+) -> list[dict[str, Any]]:
+    """Torch-style groups, with ``param_names`` where all parameters have names.
 
     ``target``: a module, named parameters, parameters, or torch-style groups, whose own options a rule overrides.
     ``options``: the option names that the optimizer takes, for the check of the keys. A rule that matches no parameter
@@ -59,7 +59,8 @@ def build_param_groups(
             _check_keys(own, options, f"parameter group {index}")
     _refuse_duplicates(given)
     matched = [False] * len(rules)
-    groups: dict[tuple[Any, ...], tuple[dict[str, Any], list[str]]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    named = all(item.name is not None for item in given)
     for item in given:
         resolved = dict(item.options)
         for index, rule in enumerate(rules):
@@ -67,14 +68,14 @@ def build_param_groups(
                 matched[index] = True
                 resolved.update({key: value for key, value in rule.items() if key not in SELECTORS})
         identity = (item.group, *sorted((key, repr(value)) for key, value in resolved.items()))
-        group, names = groups.setdefault(identity, ({"params": [], **resolved}, []))
+        group = groups.setdefault(identity, {"params": [], **({"param_names": []} if named else {}), **resolved})
         group["params"].append(item.tensor)
-        names.append(item.name or "")
+        if named:
+            group["param_names"].append(item.name)
     for rule, hit in zip(rules, matched, strict=True):
         if not hit:
             warnings.warn(f"param_rules: no parameter matches {_selector_text(rule)}", UserWarning, stacklevel=3)
-    named = bool(given) and all(item.name is not None for item in given)
-    return [group for group, _ in groups.values()], [names for _, names in groups.values()] if named else None
+    return list(groups.values())
 
 
 def check_rules(rules: Sequence[Rule], options: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +35,14 @@ def create_optimizer(target: Target, name: str, *, param_rules: Sequence[Rule] =
     """
     known = optimizer_options(name)
     _check_options(name, options, known)
-    groups, names = build_param_groups(target, param_rules, options=known)
+    groups = build_param_groups(target, param_rules, options=known)
+    given_keys = {key for group in groups for key in group}
     try:
         optimizer: Optimizer = _component(name)(groups, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer '{name}': {error}") from error
-    _refuse_ignored_keys(name, groups, optimizer)
+    _refuse_ignored_keys(name, given_keys, optimizer)
     _apply_lr_scale(optimizer)
-    if names is not None:
-        _set_param_names(optimizer, groups, names)
     return optimizer
 
 
@@ -81,11 +80,10 @@ def _check_options(name: str, given: Mapping[str, Any], known: Mapping[str, Opti
         raise UsageError("\n".join(mistakes))
 
 
-def _refuse_ignored_keys(name: str, groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+def _refuse_ignored_keys(name: str, given: Collection[str], optimizer: Optimizer) -> None:
     """A key that the constructor takes, but that is no group option, would lie in the group without effect."""
-    effective = {"params", *COMMON_OPTIONS, *optimizer.defaults}
-    for key in {key for group in groups for key in group}:
-        if key not in effective:
+    for key in given:
+        if key not in {"params", "param_names", *COMMON_OPTIONS, *optimizer.defaults}:
             raise UsageError(f"optimizer '{name}' cannot have a '{key}' of its own for some parameters")
 
 
@@ -93,17 +91,6 @@ def _apply_lr_scale(optimizer: Optimizer) -> None:
     if any("lr_scale" in group for group in optimizer.param_groups):
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.setdefault("lr_scale", 1.0)
-
-
-def _set_param_names(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> None:
-    """Names are set afterwards: not every foreign class takes (name, parameter) pairs."""
-    by_id = {
-        id(tensor): name
-        for group, group_names in zip(groups, names, strict=True)
-        for tensor, name in zip(group["params"], group_names, strict=True)
-    }
-    for group in optimizer.param_groups:
-        group["param_names"] = [by_id[id(tensor)] for tensor in group["params"]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""The tensors that go through an update rule together, as the rule sees them: local to this rank, in full precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbzoo.optim.elementwise import PIECE, same_layout
+from lbzoo.sharding import ShardGroups, local, local_gradient
+
+ACCELERATOR_LIMIT = 1 << 26  # elements: bounds the temporaries of a step, and still fills a GPU
+
+
+class Scratch:
+    """Memory for the temporaries of one batch after another: a buffer a slot, as long as the largest tensor.
+
+    It stays between steps: on a CPU, touching fresh pages costs a tenth of a step.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def like(self, tensor: Tensor, slot: int) -> Tensor:
+        # A batch holds one tensor of more than PIECE elements, or several smaller ones that malloc serves well.
+        if tensor.numel() <= PIECE or not tensor.is_contiguous():
+            return torch.empty_like(tensor)
+        key = (slot, tensor.dtype)
+        if key not in self._buffers or self._buffers[key].numel() < tensor.numel():
+            self._buffers[key] = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        return self._buffers[key][: tensor.numel()].view_as(tensor)
+
+
+@dataclass
+class Batch:
+    """Parameters of one group that go through the rule together.
+
+    Between :meth:`load` and :meth:`store`, ``params`` and ``grads`` hold this rank's parts: the parameters themselves,
+    or float32 copies where they have less precision, and gradients of the same type and layout.
+
+    In a batch of sharded parameters ``width`` counts all those of the group that some rank may have a gradient for, and
+    ``columns`` says which of them are here: what the ranks exchange has the same length on all.
+    """
+
+    group: dict[str, Any]
+    shards: ShardGroups = ()
+    scratch: Scratch | None = None
+    owners: list[Tensor] = field(default_factory=list)  # as the group holds them
+    states: list[dict[str, Any]] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)  # (index of the group, position in it)
+    columns: list[int] = field(default_factory=list)
+    width: int = 0
+    size: int = 0  # elements
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+
+    def add(self, owner: Tensor, state: dict[str, Any], place: tuple[int, int]) -> None:
+        self.owners.append(owner)
+        self.states.append(state)
+        self.places.append(place)
+        self.columns.append(self.width)
+        self.size += owner.numel()
+
+    def has_room(self, tensor: Tensor) -> bool:
+        limit = PIECE if tensor.device.type == "cpu" else ACCELERATOR_LIMIT
+        return not self.owners or self.size + tensor.numel() <= limit
+
+    def load(self, grad_scale: Tensor | None) -> None:
+        self.params = [_in_full_precision(local(owner)) for owner in self.owners]
+        self.grads = [
+            _gradient_like(param, local_gradient(owner), grad_scale)
+            for owner, param in zip(self.owners, self.params, strict=True)
+        ]
+
+    def store(self) -> None:
+        """Write copies back, and let go of the tensors."""
+        for owner, param in zip(self.owners, self.params, strict=True):
+            if owner.dtype != param.dtype:
+                local(owner).copy_(param)
+        self.params, self.grads = [], []
+
+    def state(self, key: str) -> list[Tensor]:
+        return [local(state[key]) for state in self.states]
+
+    def next_steps(self) -> list[Any]:
+        """Count this step for every tensor; the numbers, from 1 (tensors under torch.compile)."""
+        counts = self.state("step")
+        torch._foreach_add_(counts, 1.0)
+        return list(counts) if torch.compiler.is_compiling() else [count.item() for count in counts]
+
+    def temporaries(self, slot: int = 0) -> list[Tensor]:
+        """Uninitialised tensors like ``params``. With the same slot, the next batch is given the same memory."""
+        if self.scratch is None:
+            return [torch.empty_like(param) for param in self.params]
+        return [self.scratch.like(param, slot) for param in self.params]
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The learning rate, as a number wherever it can be read without waiting for a device."""
+        lr: float | Tensor = self.group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu" and not torch.compiler.is_compiling():
+            return lr.item()
+        return lr
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """float32, or the parameter's own type where that has more precision."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _in_full_precision(param: Tensor) -> Tensor:
+    return param.to(state_dtype(param))
+
+
+def _gradient_like(param: Tensor, grad: Tensor, grad_scale: Tensor | None) -> Tensor:
+    if grad_scale is not None:
+        grad = grad.to(param.dtype) / grad_scale.to(grad.device)
+    if grad.dtype == param.dtype and same_layout(grad, param):
+        return grad
+    return torch.empty_like(param).copy_(grad)

@@ -1,0 +1,176 @@
+"""Running elementwise kernels over lists of tensors, and the norms of what they leave.
+
+A kernel is a function of lists of tensors (``kernel(params, grads, ...)``) that works in place and treats every
+element alike. On an accelerator, on meta tensors and under ``torch.compile`` it runs once on the whole lists. On a CPU
+the ``_foreach_`` operations make each step of a kernel a sweep over all memory, so there it runs on pieces of about a
+million elements that stay in the cache, and the norms of a piece are taken while it is there. Smaller pieces lose more
+to the cost of a call than they gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 20  # elements
+
+# One entry a parameter: tensors of the parameters' shapes, or numbers.
+Column: TypeAlias = Sequence[Any]
+Kernel: TypeAlias = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of this rank's parts of some tensors, in the form in which the parts of several ranks add up.
+
+    ``parts`` [rows, tensors]: sums of squares for ``order`` 2, of absolute values for 1, the maximum for infinity.
+    """
+
+    parts: Tensor
+    order: float = 2.0
+
+    @property
+    def reduce_op(self) -> str:
+        return "max" if self.order == float("inf") else "sum"
+
+    def root(self, parts: Tensor) -> Tensor:
+        """The norms [rows, tensors], given ``parts`` put together over all ranks."""
+        return parts.sqrt() if self.order == 2.0 else parts
+
+
+def run(kernel: Kernel, columns: Sequence[Column]) -> None:
+    """``kernel(*columns)``."""
+    if not on_eager_cpu(columns[0]):
+        kernel(*columns)
+        return
+    for _, piece in _pieces(columns):
+        kernel(*piece)
+
+
+def sweep(kernel: Kernel | None, columns: Sequence[Column], norms_of: Sequence[int], order: float = 2.0) -> Norms:
+    """Run ``kernel(*columns)``, then take the norms of the columns with the indices ``norms_of``: a row each."""
+    if not on_eager_cpu(columns[0]):
+        if kernel is not None:
+            kernel(*columns)
+        return Norms(torch.stack([_parts(columns[index], order) for index in norms_of]), order)
+    totals = [[0.0] * len(columns[0]) for _ in norms_of]
+    for start, piece in _pieces(columns):
+        if kernel is not None:
+            kernel(*piece)
+        for row, index in zip(totals, norms_of, strict=True):
+            for position, tensor in enumerate(piece[index], start):
+                row[position] = _combine(row[position], _host_part(tensor, order), order)
+    return Norms(torch.tensor(totals, dtype=torch.float64), order)
+
+
+def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """targets[i] += factors[i] * tensors[i]; ``factors`` [tensors]. On a CPU from the end, where the cache is warm."""
+    if not on_eager_cpu(targets):
+        torch._foreach_addcmul_(list(targets), list(tensors), as_column(factors, targets))
+        return
+    columns = [targets, tensors, as_column(factors, targets)]
+    for _, (target_piece, piece, factor_piece) in reversed(list(_pieces(columns))):
+        for target, tensor, factor in zip(target_piece, piece, factor_piece, strict=True):
+            target.add_(tensor, alpha=factor)
+
+
+def as_column(values: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
+    """``values`` [tensors] as numbers for a kernel on ``tensors``; as 0-dim tensors where reading them would wait."""
+    if on_eager_cpu(tensors):
+        return values.tolist()
+    return list(values.to(tensors[0].dtype).unbind())
+
+
+def on_eager_cpu(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host may read values at no cost: plain CPU tensors, outside ``torch.compile``."""
+    return bool(tensors) and tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _pieces(columns: Sequence[Column]) -> Iterator[tuple[int, list[Column]]]:
+    """(index of the first tensor, columns) of pieces: several small tensors, one tensor, or a part of a large one."""
+    sizes = [tensor.numel() for tensor in columns[0]]
+    start = 0
+    while start < len(sizes):
+        stop, total = start + 1, sizes[start]
+        while stop < len(sizes) and total + sizes[stop] <= PIECE:
+            total += sizes[stop]
+            stop += 1
+        rows = [column[start:stop] for column in columns]
+        if stop > start + 1 or total <= PIECE:
+            yield start, _flattened_where_needed(rows)
+        else:
+            yield from ((start, piece) for piece in _cut(rows, total))
+        start = stop
+
+
+def _flattened_where_needed(rows: list[Column]) -> list[Column]:
+    if all(not isinstance(item, Tensor) or item.is_contiguous() for row in rows for item in row):
+        return rows
+    across = [_flat(list(items)) for items in zip(*rows, strict=True)]
+    return [list(row) for row in zip(*across, strict=True)]
+
+
+def _cut(rows: list[Column], size: int) -> Iterator[list[Column]]:
+    """The one tensor of each row in equal parts of at most PIECE elements; whole where the layouts differ."""
+    items = _flat([row[0] for row in rows])
+    if not all(not isinstance(item, Tensor) or item.is_contiguous() for item in items):
+        yield [[item] for item in items]
+        return
+    count = -(-size // PIECE)
+    length = -(-size // count)
+    cut = [item.view(-1).split(length) if isinstance(item, Tensor) else [item] * count for item in items]
+    for parts in zip(*cut, strict=True):
+        yield [[part] for part in parts]
+
+
+def _flat(items: list[Any]) -> list[Any]:
+    """1-D views in the order of memory where all tensors share one dense layout (channels-last, say); else as given."""
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    if len({_layout(tensor) for tensor in tensors}) > 1 or not _is_dense(tensors[0]):
+        return items
+    return [item.as_strided((item.numel(),), (1,)) if isinstance(item, Tensor) else item for item in items]
+
+
+def same_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether elements at the same place in memory belong to each other."""
+    return (first.is_contiguous() and second.is_contiguous()) or _layout(first) == _layout(second)
+
+
+def _layout(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.size(), strict=True) if size > 1)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _parts(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """[tensors]; see Norms. A tensor without elements has norm 0."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch._foreach_norm([tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors], order, dtype)
+    stacked = torch.stack(list(norms))
+    return stacked.square() if order == 2.0 else stacked
+
+
+def _host_part(tensor: Tensor, order: float) -> float:
+    # torch.dot uses all threads, vector_norm one. Over pieces summed in double it is good to 1e-6 for any size.
+    if order == 2.0:
+        flat = tensor.reshape(-1)
+        return torch.dot(flat, flat).item()
+    return torch.linalg.vector_norm(tensor, order).item() if tensor.numel() else 0.0
+
+
+def _combine(total: float, part: float, order: float) -> float:
+    if order != float("inf"):
+        return total + part
+    return part if part > total or part != part else total

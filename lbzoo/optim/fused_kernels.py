@@ -1,0 +1,121 @@
+"""torch's fused Adam and SGD kernels as primitives: one pass over memory where ordinary operations need several.
+
+They are private to torch, so :func:`fused_kernels_work` compares them with plain formulas before their first use on a
+kind of device, and every caller has the plain formula to fall back to. They are silently wrong on tensors whose
+strides differ, hence :func:`can_fuse`. Their ``grad_scale`` argument, which overwrites the gradients, is never used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+
+
+def can_fuse(*columns: Tensors) -> bool:
+    """Whether the kernels may run on these lists: float32 or float64, contiguous, on a CPU or CUDA, not compiled."""
+    if torch.compiler.is_compiling() or not columns[0]:
+        return False
+    device, dtype = columns[0][0].device.type, columns[0][0].dtype
+    return (
+        device in ("cpu", "cuda")
+        and dtype in (torch.float32, torch.float64)
+        and all(tensor.dtype == dtype and tensor.is_contiguous() for column in columns for tensor in column)
+        and fused_kernels_work(device)
+    )
+
+
+def adam_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Sequence[float],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """params -= lr * (weight_decay * params + m_hat / (sqrt(v_hat) + eps)); the moments m, v are updated in place.
+
+    ``steps``: the number of this step for each tensor, from 1; infinity leaves out the bias correction.
+    """
+    device = params[0].device
+    times = {step: torch.full((), step, dtype=torch.float32, device=device) for step in set(steps)}
+    torch._fused_adamw_(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [],
+        [times[step] for step in steps],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def momentum_(
+    params: Tensors, grads: Tensors, buffers: Tensors, *, lr: float, momentum: float, scale: float, weight_decay: float
+) -> None:
+    """buffers = momentum * buffers + scale * (grads + weight_decay * params); params -= lr * buffers."""
+    torch._fused_sgd_(
+        list(params),
+        list(grads),
+        list(buffers),
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=1.0 - scale,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def scale_is_exact(scale: float) -> bool:
+    """Whether ``momentum_`` can apply the scale: the kernel is given 1 - scale, which cancels for tiny ones."""
+    return scale > 1e-10
+
+
+@functools.cache
+def fused_kernels_work(device_type: str) -> bool:
+    """Whether this torch has the kernels and they compute what is expected of them (a check of about a millisecond)."""
+    try:
+        return _adam_works(device_type) and _momentum_works(device_type)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def _adam_works(device: str) -> bool:
+    x, g, m, v = _lines(device, (-2, 2), (1, -3), (-0.1, 0.2), (0.01, 0.5))
+    m_new, v_new = 0.8 * m + 0.2 * g, 0.7 * v + 0.3 * g * g
+    direction = m_new / (1 - 0.8**3) / ((v_new / (1 - 0.7**3)).sqrt() + 1e-3)
+    expected = (x + 0.5 * (direction + 0.1 * x), g.clone(), m_new, v_new)
+    adam_([x], [g], [m], [v], [3.0], lr=-0.5, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.1)
+    return _all_close((x, g, m, v), expected)
+
+
+def _momentum_works(device: str) -> bool:
+    x, g, m = _lines(device, (-2, 2), (1, -3), (-0.1, 0.2))
+    m_new = 0.8 * m + 1e-5 * (g + 0.1 * x)
+    expected = (x - 0.5 * m_new, g.clone(), m_new)
+    momentum_([x], [g], [m], lr=0.5, momentum=0.8, scale=1e-5, weight_decay=0.1)
+    return _all_close((x, g, m), expected)
+
+
+def _lines(device: str, *ends: tuple[float, float]) -> list[Tensor]:
+    return [torch.linspace(*pair, 37, device=device) for pair in ends]
+
+
+def _all_close(got: Tensors, expected: Tensors) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(got, expected, strict=True))
