@@ -47,7 +47,7 @@ class Plain(pl.LightningModule):
 
 
 class FakeLayerwise(torch.optim.SGD):
-    """Plain descent that publishes layer_stats() as lbzoo's optimizers do; ``tracked`` lists the steps that filled it."""
+    """Plain descent that publishes layer_stats() as lbzoo's optimizers do. ``tracked``: the steps that filled it."""
 
     track_layer_stats = False
 
@@ -120,7 +120,9 @@ def tensorboard(folder: Path) -> TensorBoardLogger:
 
 def events(folder: Path) -> EventAccumulator:
     """All that was written, nothing sampled away."""
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0})
+    accumulator = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    )
     accumulator.Reload()
     return accumulator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import time
 from pathlib import Path
@@ -179,13 +180,14 @@ def test_lines_grow_rarer_with_the_age_of_the_run(
         if lines.is_due():
             lines.show(Status(step=second, total=None))
             shown.append(second)
-    gaps = [later - earlier for earlier, later in zip(shown, shown[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(shown)]
     assert gaps == sorted(gaps)
     assert (gaps[0], gaps[-1]) == (5, 60)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (42.4, "42 s"), (3723, "1:02:03"), (90000, "1 day, 1:00:00")]
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (42.4, "42 s"), (3723, "1:02:03"), (90000, "1 day, 1:00:00")],
 )
 def test_duration_text(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text

@@ -15,6 +15,7 @@ from plain_trainer import Plain, adamw, data, fake_layerwise, fit, scalars, tens
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lbzoo.callbacks.train_metrics import TrainMetrics
 from lbzoo.callbacks.trainer_view import (
     TrainerView,
     coming_step,
@@ -25,7 +26,6 @@ from lbzoo.callbacks.trainer_view import (
     steps_done_in_stage,
     total_steps,
 )
-from lbzoo.callbacks.train_metrics import TrainMetrics
 from lbzoo.callbacks.trust_ratio import TrustRatio
 
 

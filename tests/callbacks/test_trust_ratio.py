@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from plain_trainer import FakeLayerwise, Plain, adamw, data, events, fake_layerwise, fit, scalars, tensorboard
 from torch import nn
 
+import lbzoo
 from lbzoo.callbacks.optimizer_view import short_names, unwrap
 from lbzoo.callbacks.trust_ratio import TrustRatio
 from lbzoo.errors import UsageError
@@ -73,6 +74,28 @@ def test_every_layer_equals_the_norms_by_hand(tmp_path: Path, make_optimizer: An
     assert_logged(tmp_path, {step: expected[step] for step in (1, 3, 6)})
 
 
+def test_lamb_reports_the_factor_that_it_applied(tmp_path: Path) -> None:
+    """At the first step LAMB's direction is known in closed form: g / (|g| + eps) + d x for every element."""
+    lr, eps, decay = 0.02, 1e-6, 0.01
+
+    def lamb(module: nn.Module) -> torch.optim.Optimizer:
+        return lbzoo.create_optimizer(module, "lamb", lr=lr, eps=eps, weight_decay=decay)
+
+    module = Plain(lamb).double()
+    x, y = next(iter(data()))
+    module.training_step((x.double(), y), 0).backward()
+    fit(Plain(lamb), TrustRatio(every=3), logger=tensorboard(tmp_path), precision="64-true", max_steps=6)
+    logged = scalars(tmp_path)
+    for name, parameter in module.named_parameters():
+        layer, weight, g = name.removeprefix("model."), parameter.detach().numpy(), parameter.grad.numpy()
+        direction = g / (np.abs(g) + eps) + decay * weight
+        expected = np.linalg.norm(weight) / np.linalg.norm(direction)
+        assert logged[f"trust_ratio/{layer}"][1] == pytest.approx(expected, rel=1e-6)
+        assert logged[f"grad_norm/{layer}"][1] == pytest.approx(np.linalg.norm(g), rel=1e-6)
+        # What the factor is for: every layer moves by the same share of its norm.
+        assert logged[f"update_ratio/{layer}"] == pytest.approx(dict.fromkeys((1, 3, 6), lr), rel=1e-6)
+
+
 def test_summary_holds_the_quantiles_over_the_layers(tmp_path: Path) -> None:
     fit(Plain(adamw), TrustRatio(every=4), logger=tensorboard(tmp_path))
     logged = scalars(tmp_path)
@@ -106,8 +129,8 @@ def test_histogram_and_heatmap(tmp_path: Path) -> None:
     assert (histogram.step, value.num, sum(value.bucket)) == (12, 4, 4)
     assert (value.min, value.max) == pytest.approx((min(np.log10(ratios)), max(np.log10(ratios))), rel=1e-5)
     images = written.Images("heatmap/trust_ratio")
-    assert [image.step for image in images][0] == 1
-    assert [image.step for image in images][-1] == 12  # what came since the last drawing is drawn at the end
+    assert images[0].step == 1
+    assert images[-1].step == 12  # what came since the last drawing is drawn at the end
     assert images[-1].width > 100
 
 
