@@ -1,12 +1,10 @@
-"""What an option of an optimizer may be, and the error that names one that is not."""
+"""What an option of an optimizer may be, and the error that names one that is not. Importing this imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
-
-from torch import Tensor
 
 from lbzoo.errors import UsageError
 
@@ -20,10 +18,13 @@ def _at_least_zero(value: Any) -> bool:
 
 
 def _is_learning_rate(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        # A learning rate on another device is not read: that would wait for the device.
-        return value.numel() == 1 and (value.device.type != "cpu" or _at_least_zero(value.item()))
-    return _at_least_zero(value)
+    if _is_number(value):
+        return _at_least_zero(value)
+    from torch import Tensor
+
+    # A learning rate on another device is not read: that would wait for the device.
+    one = isinstance(value, Tensor) and value.numel() == 1
+    return one and (value.device.type != "cpu" or _at_least_zero(value.item()))
 
 
 def _is_average_weight(value: Any) -> bool:

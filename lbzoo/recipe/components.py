@@ -22,7 +22,7 @@ from lbzoo.recipe.merging import SHARED_KEYS
 from lbzoo.recipe.nodes import Node, Problem
 from lbzoo.recipe.resolved import Component
 from lbzoo.recipe.tidying import Kind, correction
-from lbzoo.recipe.validation import validate_value
+from lbzoo.recipe.validation import shown, validate_value
 from lbzoo.registry import REQUIRED, Option
 
 REGISTRIES: Mapping[str, registry.Registry] = {
@@ -152,7 +152,8 @@ def check_rules(optimizer: str, rules: Node | None) -> list[Problem]:
                 hint = did_you_mean(key, known)
                 problems.append(Problem(node.origin, f"optimizer '{optimizer}' has no option '{key}'{hint}"))
             elif key in taken:
-                problems += validate_value(taken[key].annotation, node)[1]
+                value, found = validate_value(taken[key].annotation, node)
+                problems += found or _out_of_range("optimizer", optimizer, key, value, node)
     return problems
 
 
@@ -166,7 +167,7 @@ def _check_options(
             continue
         if option in options:
             values[option], found = validate_value(options[option].annotation, node)
-            problems += found
+            problems += found or _out_of_range(kind, name, option, values[option], node)
             continue
         known = [*options, *sorted(SHARED_KEYS[kind] - {"name"})]
         meant = correction(option, known)
@@ -176,6 +177,19 @@ def _check_options(
         if meant is not None:
             block.value.setdefault(meant, node)
     return values, problems
+
+
+def _out_of_range(kind: Kind, name: str, option: str, value: Any, node: Node) -> list[Problem]:
+    """What the zoo's own optimizers refuse when they are built; others say it then."""
+    if kind != "optimizer" or name not in registry.optimizers:
+        return []
+    from lbzoo.optim.checks import CHECKS
+
+    if option not in CHECKS or not registry.optimizers.entry(name).module.startswith("lbzoo.optim."):
+        return []
+    holds, text = CHECKS[option]
+    text = text.partition(", or a tensor")[0]  # which a recipe cannot hold
+    return [] if holds(value) else [Problem(node.origin, f"must be {text}, got {shown(node.plain())}")]
 
 
 def _leave_out_of_rules(rules: Node, name: str, taken: Mapping[str, Option]) -> list[str]:

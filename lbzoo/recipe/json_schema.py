@@ -25,27 +25,30 @@ _SHARED: dict[Kind, type[BaseModel] | None] = {
 def recipe_schema() -> dict[str, Any]:
     """Keys with their types and descriptions; the options of a component follow its name."""
     schema = Recipe.model_json_schema()
-    definitions = schema["$defs"]
+    definitions, properties = schema["$defs"], schema["properties"]
     for kind in (*COMPONENTS, "callback"):
         definitions[kind] = _component(kind, definitions)
-    properties = schema["properties"]
     for kind in COMPONENTS:
-        properties[kind] = {"$ref": f"#/$defs/{kind}", "description": properties[kind].get("description", "")}
+        properties[kind] = {"description": properties[kind].get("description", ""), "$ref": f"#/$defs/{kind}"}
     properties["callbacks"]["items"] = {"$ref": "#/$defs/callback"}
-    changes = {key: properties[key] for key in properties if key not in ("version", "base", "mini")}
-    stage = {
-        "type": "object",
-        "properties": {key: properties[key] for key in STAGE_KEYS},
-        "additionalProperties": False,
+    definitions["stage"] = _block({"name": {"type": "string"}, **{key: properties[key] for key in STAGE_KEYS}})
+    stage = {"$ref": "#/$defs/stage"}
+    in_order, by_name = {"type": "array", "items": stage}, {"type": "object", "additionalProperties": stage}
+    properties["stages"]["anyOf"] = [in_order, by_name]
+    changes = {key: value for key, value in properties.items() if key not in ("version", "base", "mini")}
+    properties["mini"]["anyOf"] = [_block(changes), {"type": "null"}]
+    for unused in ("ComponentSettings", "StageSettings"):
+        del definitions[unused]
+    return {
+        **schema,
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lbzoo recipe",
+        "required": ["version"],
     }
-    stage["properties"]["name"] = {"type": "string"}
-    definitions["stage"] = stage
-    by_name = {"type": "object", "additionalProperties": {"$ref": "#/$defs/stage"}}
-    properties["stages"] |= {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/stage"}}, by_name]}
-    properties["mini"] |= {"anyOf": [{"type": "object", "properties": changes, "additionalProperties": False}]}
-    schema["required"] = ["version"]
-    used = {key: value for key, value in definitions.items() if key not in ("ComponentSettings", "StageSettings")}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lbzoo recipe", "$defs": used}
+
+
+def _block(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _component(kind: Kind, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -53,25 +56,18 @@ def _component(kind: Kind, definitions: dict[str, Any]) -> dict[str, Any]:
     found = REGISTRIES[kind]
     names = found.names()
     shared = _shared_properties(kind, definitions)
-    name = {
-        "anyOf": [
-            {"enum": names},
-            {"type": "string", "pattern": ":", "description": "package.module:Class"},
-        ]
-    }
-    options = [
+    name = {"anyOf": [{"enum": names}, {"type": "string", "pattern": ":", "description": "package.module:Class"}]}
+    by_name = [
         {
             "if": {"properties": {"name": {"const": each}}, "required": ["name"]},
             "then": {
                 "description": found.entry(each).first_line,
-                "properties": {"name": True, **shared, **_options(kind, each)},
-                "additionalProperties": False,
+                **_block({"name": True, **shared, **_options(kind, each)}),
             },
         }
         for each in names
     ]
-    block = {"type": "object", "properties": {"name": name, **shared}, "allOf": options}
-    return {"anyOf": [{**name}, block]}
+    return {"anyOf": [name, {"type": "object", "properties": {"name": name, **shared}, "allOf": by_name}]}
 
 
 def _shared_properties(kind: Kind, definitions: dict[str, Any]) -> dict[str, Any]:
