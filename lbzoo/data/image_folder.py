@@ -6,7 +6,7 @@ Classes and images come in the order of torchvision's ``ImageFolder``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,17 +102,19 @@ def _what_is_there_instead(folder: Path) -> str:
     names = os.listdir(folder)
     images, archives = sum(map(_is_image, names)), sum(name.endswith(".tar") for name in names)
     if images:
-        return f", but {images} images: sort them into one folder for each class"
+        return f", but images ({images}): sort them into one folder for each class"
     if archives:
-        return f", but {archives} archives: unpack each into a folder of its name"
+        return f", but archives ({archives}): unpack each into a folder of its name"
     return ""
 
 
-def _difference(train: Iterable[str], val: Iterable[str]) -> list[str]:
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    found = [f"val: {len(only_train)} classes of train are missing: {_some(only_train)}"] if only_train else []
-    if only_val:
-        found.append(f"train: {len(only_val)} classes of val are missing: {_some(only_val)}")
+def _difference(train: Sequence[str], val: Sequence[str]) -> list[str]:
+    """Classes are numbered in each split by its own folders, so one that is missing shifts all labels after it."""
+    found = []
+    for lacking, there, other, wanted in (("val", val, "train", train), ("train", train, "val", val)):
+        missing = sorted(set(wanted) - set(there))
+        if missing:
+            found.append(f"{lacking}: lacks {len(missing)} of the {len(wanted)} classes of {other}: {_some(missing)}")
     return found
 
 

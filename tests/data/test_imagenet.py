@@ -106,8 +106,8 @@ def test_everything_wrong_is_said_at_once(tree: Path) -> None:
     (tree / "val" / second).rename(tree / "val" / "n99999999")
     message = complaint(tree)
     assert f"train: 1 of 3 class folders hold no images: {first}" in message
-    assert f"val: 1 classes of train are missing: {second}" in message
-    assert "train: 1 classes of val are missing: n99999999" in message
+    assert f"val: lacks 1 of the 3 classes of train: {second}" in message
+    assert "train: lacks 1 of the 3 classes of val: n99999999" in message
     assert third not in message
 
 
@@ -125,14 +125,14 @@ def test_validation_images_not_sorted_into_classes(tree: Path) -> None:
         image.rename(tree / "val" / image.name)
     for name in IMAGENET_CLASSES[:CLASSES]:
         (tree / "val" / name).rmdir()
-    assert "val: no class folders, but 6 images: sort them into one folder for each class" in complaint(tree)
+    assert "val: no class folders, but images (6): sort them into one folder for each class" in complaint(tree)
 
 
 def test_archives_not_unpacked(tree: Path) -> None:
     shutil.rmtree(tree / "train")
     (tree / "train").mkdir()
     (tree / "train" / "n01440764.tar").touch()
-    assert "train: no class folders, but 1 archives: unpack each into a folder of its name" in complaint(tree)
+    assert "train: no class folders, but archives (1): unpack each into a folder of its name" in complaint(tree)
 
 
 def test_more_classes_than_the_model_has(shared_tree: Path) -> None:
