@@ -55,8 +55,8 @@ class History:
         self._added += 1
 
     def has_grown(self) -> bool:
-        """Whether a quarter has been added since it was last drawn."""
-        return self._added >= 1.25 * self._drawn and self.has_undrawn()
+        """Whether half as much again has been added since it was last drawn."""
+        return self._added >= 1.5 * self._drawn and self.has_undrawn()
 
     def has_undrawn(self) -> bool:
         return self._added > self._drawn
@@ -105,8 +105,11 @@ def _bounds(logs: NDArray[np.floating[Any]]) -> tuple[float, float]:
 
 
 def _colours(shares: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """[..., 3] colours of numbers in [0, 1]; outside: the nearest end; not finite: grey (a zero's log is below all)."""
-    positions = np.clip(np.nan_to_num(shares, nan=0.0), 0, 1) * (len(_ANCHORS) - 1)
-    colours = np.stack([np.interp(positions, range(len(_ANCHORS)), _ANCHORS[:, c]) for c in range(3)], axis=-1)
+    """[..., 3] colours of numbers in [0, 1]; outside: the nearest end; NaN, and the -inf of a zero's log: grey."""
+    shades = np.linspace(0, len(_ANCHORS) - 1, 256)
+    table = np.stack([np.interp(shades, range(len(_ANCHORS)), channel) for channel in _ANCHORS.T], axis=-1)
+    colours: NDArray[np.uint8] = table.round().astype(np.uint8)[
+        (np.nan_to_num(np.clip(shares, 0, 1)) * 255).round().astype(np.uint8)
+    ]
     colours[~np.isfinite(shares)] = _NO_VALUE
-    return colours.round().astype(np.uint8)
+    return colours

@@ -37,6 +37,7 @@ class Progress(Callback):
 
     def _begin(self, *, step: int, total: int | None) -> None:
         self._first_step = self._step = step
+        self._shown_step: int | None = None
         self._total = total
         self._began = time.monotonic()
         self._clock = TrainingClock()
@@ -66,20 +67,17 @@ class Progress(Callback):
         self._loss.add(outputs, trainer.accumulate_grad_batches)
         self._samples += samples_in(batch) * trainer.world_size
         self._micro_batches += 1
-        first = False
-        if self._stepping:
-            self._step = steps_done(trainer)
-            first = self._step == self._first_step + 1
-            self._clock.count(self._samples)
-            self._step_loss = self._loss.take()
-            self._samples = self._micro_batches = 0
-            self._stepping = False
-        if first or self._display.is_due():
+        ended, self._stepping = self._stepping, False
+        if ended:
+            self._end_step(steps_done(trainer))
+        first = ended and self._step == self._first_step + 1
+        if first or (self._display.is_due() and (ended or self._display.shows_micro_batches)):
             self._show(trainer)
 
     def on_train_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self._display is not None:
-            self._show(trainer)
+            if self._shown_step != self._step:
+                self._show(trainer)
             speed = samples_per_second(Reading(), self._clock.read())
             took = duration_text(time.monotonic() - self._began)
             rate = f", {rate_text(speed)}" if speed else ""
@@ -127,8 +125,15 @@ class Progress(Callback):
     def teardown(self, trainer: TrainerView, pl_module: LightningModule, stage: str) -> None:
         self._close()
 
+    def _end_step(self, step: int) -> None:
+        self._step = step
+        self._clock.count(self._samples)
+        self._step_loss = self._loss.take()
+        self._samples = self._micro_batches = 0
+
     def _show(self, trainer: TrainerView) -> None:
         assert self._display is not None
+        self._shown_step = self._step
         now = self._clock.read()
         if now.steps > self._readings[-1].steps:
             self._speed = samples_per_second(self._readings[0], now)

@@ -30,7 +30,7 @@ class Status:
 
     def steps(self) -> str:
         done, of = self.micro_batches
-        part = f" + {done}/{of}" if done else ""
+        part = f", micro-batch {done}/{of}" if done else ""
         return f"step {self.step}" + (f"/{self.total}" if self.total else "") + part
 
     def completed(self) -> float:
@@ -52,6 +52,7 @@ class Display(Protocol):
     """Where a Status goes."""
 
     smoothing: int  # number of refreshes that the shown rate is averaged over
+    shows_micro_batches: bool  # whether to refresh within a step
 
     def is_due(self) -> bool:
         """Whether it is time for another refresh."""
@@ -78,6 +79,7 @@ class Lines:
     """A line now and then."""
 
     smoothing = 1
+    shows_micro_batches = False
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
@@ -115,6 +117,7 @@ class Bar:
     """A line that is written over."""
 
     smoothing = 10
+    shows_micro_batches = True
 
     def __init__(self, console: Console) -> None:
         facts = TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))

@@ -52,7 +52,7 @@ class TrustRatio(Callback):
         layers: globs of layer names (parameter names without the task's ``model.``).
         values: globs of the quantities to log for each layer, among those that the optimizer publishes.
         histogram: log the distribution of the trust ratios over the layers (TensorBoard).
-        heatmap: log the image layers x time (TensorBoard), anew whenever it has grown by a quarter.
+        heatmap: log the image layers x time (TensorBoard), anew whenever it has grown by half.
     """
 
     def __init__(

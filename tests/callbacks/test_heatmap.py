@@ -29,8 +29,8 @@ def test_a_run_of_any_length_is_drawn_a_few_times() -> None:
         if history.has_grown():
             history.values_LT()
             drawn.append(step)
-    assert drawn[:6] == [1, 2, 3, 4, 5, 7]
-    assert len(drawn) < 40
+    assert drawn[:6] == [1, 2, 3, 5, 8, 12]
+    assert len(drawn) < 20
     assert history.has_undrawn()
 
 
@@ -44,7 +44,7 @@ def test_the_smallest_is_dark_the_largest_bright_a_missing_one_grey() -> None:
     top, left = body[0]
     colours = [image[top + 17 * row + 8, left + 8].tolist() for row in range(5)]  # rows are 17 pixels high
     assert colours[0] == DARK
-    assert colours[1] == [33, 144, 141]  # viridis in the middle: the colour scale is logarithmic
+    assert colours[1] == pytest.approx([33, 144, 141], abs=2)  # viridis in the middle: the colour scale is logarithmic
     assert colours[2] == BRIGHT
     assert colours[3] == colours[4] == GREY
 
