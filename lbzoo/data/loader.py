@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
@@ -86,6 +87,12 @@ def default_workers(source: DataSource) -> int:
     return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 16)
 
 
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """A Ctrl-C or a scheduler's SIGTERM reaches the whole process group; the run needs its loaders until it has saved."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 def _loader(
     source: DataSource,
     samples: Samples,
@@ -101,6 +108,7 @@ def _loader(
         collate_fn=source.collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
         # The loader draws its workers' seed from this; torch's global generator is the model's.
         generator=torch.Generator(),
     )

@@ -8,6 +8,7 @@ every engine), and its counters are set to the step the run stands at.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lbzoo import scaling
 from lbzoo.checkpoint import load_checkpoint, load_weights
+from lbzoo.data.base import DataSource
 from lbzoo.data.loader import train_loader, val_loader
 from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
@@ -35,7 +37,6 @@ from lbzoo.recipe import (
     ResolvedRecipe,
     Stage,
     build_callbacks,
-    build_data,
     build_schedule,
     build_task,
     optimizer_factory,
@@ -67,8 +68,11 @@ class Outcome:
     best: Best
 
 
-def train(recipe: ResolvedRecipe, world: World, run: RunFolder, start: Start) -> Outcome:
-    """Train every stage that is left, each from the weights of the one before."""
+def train(
+    recipe: ResolvedRecipe, sources: Mapping[str, DataSource], world: World, run: RunFolder, start: Start
+) -> Outcome:
+    """Train every stage that is left, each from the weights of the one before. ``sources`` are its data by stage."""
+    _set_threads(recipe, world)
     module: Task | None = None
     outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
     first = int(start.state["stage_index"]) if start.state else 0
@@ -83,18 +87,19 @@ def train(recipe: ResolvedRecipe, world: World, run: RunFolder, start: Start) ->
             assert here.checkpoint is not None
             load_weights(here.checkpoint, module)  # saved at the end of this stage
             continue
-        outcome = _StageRun(recipe, stage, world, run, here).train(module)
+        outcome = _StageRun(recipe, stage, sources[stage.name], world, run, here).train(module)
     return outcome
 
 
-def evaluate(recipe: ResolvedRecipe, world: World, weights: Path) -> dict[str, float]:
+def evaluate(recipe: ResolvedRecipe, source: DataSource, world: World, weights: Path) -> dict[str, float]:
     """The validation metrics of a checkpoint's weights on the data of the recipe's last stage."""
+    _set_threads(recipe, world)
     stage = recipe.stages[-1]
     module = _build_module(recipe, stage)
     load_weights(weights, module)
     with _quiet_lightning():
         trainer = pl.Trainer(**_hardware(recipe, world), **_QUIET, logger=False)
-        loader = _val_loader(recipe, stage, world)
+        loader = _val_loader(recipe, stage, source, world)
         (metrics,) = trainer.validate(module, loader, verbose=False)
     return {name: float(value) for name, value in metrics.items()}
 
@@ -102,8 +107,11 @@ def evaluate(recipe: ResolvedRecipe, world: World, weights: Path) -> dict[str, f
 class _StageRun:
     """One stage on one Trainer. Steps in logs and checkpoints count over the whole run."""
 
-    def __init__(self, recipe: ResolvedRecipe, stage: Stage, world: World, run: RunFolder, start: Start) -> None:
-        self.recipe, self.stage, self.world, self.run, self.start = recipe, stage, world, run, start
+    def __init__(
+        self, recipe: ResolvedRecipe, stage: Stage, source: DataSource, world: World, run: RunFolder, start: Start
+    ) -> None:
+        self.recipe, self.stage, self.source = recipe, stage, source
+        self.world, self.run, self.start = world, run, start
         self.accumulate = scaling.accumulation(
             global_batch_size=stage.global_batch_size,
             micro_batch_size=stage.micro_batch_size,
@@ -160,7 +168,7 @@ class _StageRun:
             trainer.first_step = stage.first_step  # type: ignore[attr-defined]  # for callbacks: see TrainerView
             _set_counters(trainer, self.step, self.accumulate)
             try:
-                trainer.fit(module, self._train_loader(), _val_loader(recipe, stage, self.world))
+                trainer.fit(module, self._train_loader(), _val_loader(recipe, stage, self.source, self.world))
             finally:
                 signals.restore()
         return Outcome(trainer.global_step, checkpointer.metrics, checkpointer.best)
@@ -168,7 +176,7 @@ class _StageRun:
     def _train_loader(self) -> torch.utils.data.DataLoader[Any]:
         stage = self.stage
         return train_loader(
-            build_data(stage),
+            self.source,
             global_batch_size=stage.global_batch_size,
             micro_batch_size=stage.micro_batch_size,
             start_step=self.step - stage.first_step,
@@ -307,6 +315,15 @@ def _hardware(recipe: ResolvedRecipe, world: World) -> dict[str, Any]:
     }
 
 
+def _set_threads(recipe: ResolvedRecipe, world: World) -> None:
+    """One thread for the small models of --scale mini and smoke on a CPU, unless OMP_NUM_THREADS says otherwise.
+
+    Their kernels are too short to share, and threads that wait for each other on a busy machine are many times slower.
+    """
+    if world.accelerator == "cpu" and recipe.scale != "paper" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 # What the engine does itself, or says in its own words.
 _QUIET: Mapping[str, Any] = {
     "use_distributed_sampler": False,
@@ -322,9 +339,11 @@ def _environment(world: World) -> ClusterEnvironment:
     return TorchElasticEnvironment() if world.launched_by else LightningEnvironment()
 
 
-def _val_loader(recipe: ResolvedRecipe, stage: Stage, world: World) -> torch.utils.data.DataLoader[Any]:
+def _val_loader(
+    recipe: ResolvedRecipe, stage: Stage, source: DataSource, world: World
+) -> torch.utils.data.DataLoader[Any]:
     return val_loader(
-        build_data(stage),
+        source,
         micro_batch_size=stage.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,

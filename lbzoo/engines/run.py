@@ -26,15 +26,17 @@ from lbzoo.engines.launch import (
     launch_workers,
 )
 from lbzoo.engines.run_folder import RunFolder, create_run, find_unfinished, run_of
-from lbzoo.errors import CheckpointError, LbzooError, UsageError
+from lbzoo.errors import CheckpointError, DataError, LbzooError, UsageError
 from lbzoo.recipe import ResolvedRecipe, build_data, load_recipe, with_sample_counts
 from lbzoo.recipe.schema import Scale
 
 if TYPE_CHECKING:
+    from lbzoo.data.base import DataSource
     from lbzoo.engines.lightning import Outcome
 
 T = TypeVar("T")
 Say = Callable[[str], None]
+Sources = dict[str, "DataSource"]  # by stage; prepared, and listed only once
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,14 @@ def fit(
     for note in resolved.notes:
         _say_once(world, say, f"note: {note}")
     weights = _weights_path(init_from)
-    resolved = _check_before_start(resolved, world, say)
+    resolved, sources = _check_before_start(resolved, world, say)
     if not world.in_process:
         check_launchable(world)
         run = _open_run(resolved, resume, Path(runs), say)
         say(f"starting {world.devices} processes")
         arguments = _arguments(recipe, overrides, scale, resume, init_from, runs, allow_plugins)
         return _result(run, launch_workers(world, arguments, run))
-    return _fit_in_process(resolved, world, resume, weights, Path(runs), say)
+    return _fit_in_process(resolved, sources, world, resume, weights, Path(runs), say)
 
 
 def validate(
@@ -109,19 +111,26 @@ def validate(
             f"validate runs in one process here: add trainer.devices=1, or start it with\n  torchrun "
             f"--nproc-per-node={world.devices} -m lbzoo validate {checkpoint}"
         )
-    build_data(resolved.stages[-1]).prepare()
+    source = build_data(resolved.stages[-1])
+    source.prepare()
     from lbzoo.engines import distributed
     from lbzoo.engines.lightning import evaluate
 
     distributed.start(world)
     try:
-        return evaluate(resolved, world, weights)
+        return evaluate(resolved, source, world, weights)
     finally:
         distributed.stop()
 
 
 def _fit_in_process(
-    resolved: ResolvedRecipe, world: World, resume: str | Path | None, weights: Path | None, runs: Path, say: Say
+    resolved: ResolvedRecipe,
+    sources: Sources,
+    world: World,
+    resume: str | Path | None,
+    weights: Path | None,
+    runs: Path,
+    say: Say,
 ) -> RunResult:
     if RUN_FOLDER_VARIABLE in os.environ:
         die_with_parent(signal.SIGTERM)
@@ -135,7 +144,7 @@ def _fit_in_process(
     state = read_state(checkpoint) if checkpoint else None
     start = Start(checkpoint, state, weights)
     try:
-        outcome = _guarded(run, world, lambda: train(resolved, world, run, start))
+        outcome = _guarded(run, world, lambda: train(resolved, sources, world, run, start))
     finally:
         distributed.stop()
     if world.rank == 0:
@@ -179,12 +188,18 @@ def _world(resolved: ResolvedRecipe) -> World:
     return find_world(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes)
 
 
-def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> ResolvedRecipe:
+def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> tuple[ResolvedRecipe, Sources]:
     """Everything that would go wrong later and can be seen now; steps are counted with the samples that are there."""
     counts: dict[str, int] = {}
+    sources: Sources = {}
     for stage in resolved.stages:
-        source = build_data(stage)
-        source.prepare()
+        source = sources[stage.name] = build_data(stage)
+        try:
+            source.prepare()
+        except DataError as error:
+            if resolved.scale == "paper":
+                raise type(error)(f"{error}\nTo try the recipe on embedded data instead: --scale mini") from None
+            raise
         found = source.facts().num_train
         if found != stage.num_train:
             counts[stage.name] = found
@@ -197,7 +212,7 @@ def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> Res
             micro_batch_size=stage.micro_batch_size,
             world_size=world.world_size,
         )
-    return resolved
+    return resolved, sources
 
 
 def _open_run(resolved: ResolvedRecipe, resume: str | Path | None, runs: Path, say: Say) -> RunFolder:

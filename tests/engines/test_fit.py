@@ -29,7 +29,7 @@ seed: 3
 task: {name: image_classification, model: resnetv2_50, model_args: {layers: [1, 1, 1, 1], width_factor: 0.25,
        drop_rate: 0.1}}
 data: {name: digits, global_batch_size: 64, micro_batch_size: 16, image_size: 16}
-optimizer: {name: momentum, lr: 0.01, weight_decay: 0.001}
+optimizer: {name: novograd, lr: 0.01, weight_decay: 0.001}
 schedule: {name: cosine, warmup_steps: 2}
 steps: 8
 trainer: {accelerator: cpu, devices: 1, validate_every: {steps: 4}}
