@@ -88,7 +88,7 @@ def default_workers(source: DataSource) -> int:
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:
-    """A Ctrl-C or a scheduler's SIGTERM reaches the whole process group; the run needs its loaders until it has saved."""
+    """A Ctrl-C or SIGTERM reaches the whole process group, and the run needs its loaders until it has saved."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
 
