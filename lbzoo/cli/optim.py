@@ -45,7 +45,7 @@ def show(
         info["defaults"] = {key: option.default for key, option in options.items() if key in info["defaults"]}
         print_json({**info, "options": {key: _type_name(option.annotation) for key, option in options.items()}})
         return
-    typer.echo(f"{info['name']}: {info['description']}".replace("``", "`"))
+    typer.echo(f"{info['name']}\n  {info['description']}".replace("``", "`"))
     for label, text in _facts(info):
         typer.echo(f"  {label:<13}{text}")
     typer.echo("")
@@ -62,7 +62,7 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("equation", info["equation"]),
         ("also called", ", ".join(info["aliases"])),
         ("lr scaling", info["lr_scaling"] or ""),
-        ("state", "" if info["state_per_param"] is None else f"{info['state_per_param']:g} floats a parameter"),
+        ("state", "" if info["state_per_param"] is None else f"{info['state_per_param']:g} x the parameters"),
         ("layer-wise", "a norm over each whole tensor goes into its step" if info["layerwise"] else ""),
         ("needs", "gradient statistics (attach_stats)" if info["needs_gradient_stats"] else ""),
     ]

@@ -59,7 +59,7 @@ def _lines(stage: StagePlan) -> Iterator[tuple[str, str]]:
     yield "virtual shards", f"{split.count:,}, one a micro-batch, of {split.samples:,} {stage.unit}{rotating}"
     if stage.lr is not None:
         yield "learning rate", f"{stage.lr:.6g}" + (f" = {stage.lr_arithmetic}" if stage.lr_arithmetic else "")
-    yield "schedule", stage.schedule
+    yield "schedule", _schedule(stage)
     yield from _model_lines(stage)
 
 
@@ -72,6 +72,12 @@ def _batch(stage: StagePlan, batch: BatchSum) -> str:
         f"{stage.global_batch_size:,} = {stage.micro_batch_size:,} x {batch.devices:,} {device}{nodes} "
         f"x {batch.accumulation:,} accumulated ({batch.where})"
     )
+
+
+def _schedule(stage: StagePlan) -> str:
+    rest = stage.steps - stage.warmup_steps - stage.constant_steps
+    parts = [(stage.warmup_steps, "warmup"), (stage.constant_steps, "the peak"), (rest, stage.schedule)]
+    return ", ".join(f"{count:,} step{'s' * (count != 1)} of {what}" for count, what in parts if count)
 
 
 def _model_lines(stage: StagePlan) -> Iterator[tuple[str, str]]:

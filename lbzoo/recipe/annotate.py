@@ -84,8 +84,8 @@ class _Writer:
         yield from self._component("data", stage.data, stage, indent, sizes)
         rules = {"param_rules": list(stage.param_rules)} if stage.param_rules else {}
         yield from self._component("optimizer", stage.optimizer, stage, indent, rules)
-        shared = stage.schedule.model_dump(exclude={"name"}, exclude_none=True)
-        yield from self._component("schedule", Component(stage.schedule.name, {}), stage, indent, shared)
+        lengths = stage.schedule.model_dump(exclude={"name"}, exclude_none=True)
+        yield from self._component("schedule", Component(stage.schedule.name, {}), stage, indent, lengths)
         remark = self._remark(stage.origins.get(("steps",)) or stage.origins.get(("epochs",), _DEFAULT))
         counted = f"{steps_arithmetic(stage)}, " if stage.epochs is not None else ""
         yield Line(f"{indent}steps: {stage.steps}", f"{counted}{remark}")
@@ -100,8 +100,9 @@ class _Writer:
         written = {**(shared or {}), **component.options}
         for key, value in written.items():
             remark = self._remark(origins.get((kind, key), _DEFAULT))
-            if (kind, key) == ("optimizer", "lr") and stage.lr_scaling is not None:
-                remark = f"{lr_arithmetic(stage)}, {remark}"
+            if stage.lr_scaling is not None and key in ("lr", "warmup_epochs", "warmup_ratio"):
+                scaled = lr_arithmetic(stage) if key == "lr" else "scaled with the batch"
+                remark = f"{scaled}, {remark}"
             yield Line(f"{indent}  {key}: {_flow(value)}", remark)
         for key, option in component_options(kind, component.name).items():
             if key not in written and option.default is not REQUIRED:

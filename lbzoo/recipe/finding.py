@@ -46,24 +46,24 @@ def find_recipe(ref: str | Path, folder: Path | None = None) -> Path:
     path = (folder or Path()) / text
     if path.is_file():
         return path
-    if path.suffix in SUFFIXES or "/" in text or "\\" in text or isinstance(ref, Path):
-        return _find_path(path, text)
     recipes = list_recipes()
-    matches = [recipe for recipe in recipes if recipe.name == text] or [
-        recipe for recipe in recipes if recipe.path.stem == text
-    ]
+    matches = [recipe for recipe in recipes if recipe.name == text]
+    matches = matches or [recipe for recipe in recipes if recipe.path.stem == text]
     if len(matches) == 1:
         return matches[0].path
     if matches:
         raise UsageError(f"'{text}' names several recipes: {', '.join(recipe.name for recipe in matches)}")
+    if path.is_dir():
+        names = [recipe.path.name for recipe in _in_folder(path, text)]
+        inside = f"; it holds {', '.join(names[:10])}" if names else ", and there is no recipe in it"
+        raise UsageError(f"'{text}' is a folder, not a recipe file{inside}")
+    if path.suffix in SUFFIXES or "/" in text or "\\" in text or isinstance(ref, Path):
+        return _with_suffix(path, text)
     raise UsageError(f"no recipe named '{text}'{did_you_mean(text, [recipe.name for recipe in recipes])}")
 
 
-def _find_path(path: Path, text: str) -> Path:
-    if path.is_dir():
-        names = [recipe.path.name for recipe in _in_folder(path, text)]
-        inside = f"; it holds {', '.join(names[:10])}" if names else " and holds none"
-        raise UsageError(f"'{text}' is a folder, not a recipe file{inside}")
+def _with_suffix(path: Path, text: str) -> Path:
+    """The file whose suffix was left out; raises UsageError with the nearest name where there is none."""
     for suffix in SUFFIXES:
         if path.suffix not in SUFFIXES and path.with_name(path.name + suffix).is_file():
             return path.with_name(path.name + suffix)

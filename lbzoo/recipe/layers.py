@@ -45,6 +45,9 @@ def merged_layers(
             problems += found
         except RecipeError as error:
             problems += error.problems
+    stages = merged.get("stages")
+    for name, stage in stages.value.items() if stages is not None and stages.is_mapping else ():
+        stage.value.setdefault("name", Node(name, stage.origin))
     return merged, problems
 
 

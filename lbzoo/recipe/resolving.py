@@ -288,7 +288,10 @@ class _StageDraft:
         try:
             source = component_class("data", component.name)(**component.options)
             facts: DataFacts = source.facts()
-        except (UsageError, TypeError, ValueError, ImportError) as error:
+        except UsageError as error:
+            self.problems.append(Problem(self.origin("data"), str(error)))
+            return None
+        except (TypeError, ValueError, ImportError) as error:
             self.problems.append(Problem(self.origin("data"), f"data '{component.name}': {error}"))
             return None
         return facts

@@ -144,10 +144,11 @@ def _tidy_stages(stages: Node) -> list[Problem]:
         stages.value = by_name
     elif stages.is_mapping:
         for name, stage in stages.value.items():
-            if stage.is_mapping:
-                stage.value["name"] = Node(name, stage.origin)
-            else:
+            own = stage.value.pop("name", None) if stage.is_mapping else None
+            if not stage.is_mapping:
                 problems.append(Problem(stage.origin, "a stage's changes are a mapping: {steps: 100}"))
+            elif own is not None and own.value != name:
+                problems.append(Problem(own.origin, f"this stage is '{name}'; a stage cannot be renamed"))
         stages.value = {name: stage for name, stage in stages.value.items() if stage.is_mapping}
     for stage in _values(stages):
         problems += _check_keys(stage, StageSettings)

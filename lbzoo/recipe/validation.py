@@ -180,7 +180,7 @@ def _number_hint(value: Any, words: list[str]) -> str:
     if isinstance(value, float) and value.is_integer() and "a whole number" in words:
         return f"; write {int(value)}"
     if isinstance(value, str) and any("number" in word for word in words):
-        plain = value.replace("_", "").replace(",", "")
+        plain = re.sub(r"(?<=\d)[_,](?=\d{3}(\D|$))", "", value)
         if re.fullmatch(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?", plain):
             return f"; write {plain}, without quotes or separators"
     return ""
