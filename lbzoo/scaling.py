@@ -72,9 +72,9 @@ def _ratio(base: int, size: int) -> float:
 def _neighbours(size: int, total: int) -> list[int]:
     """The divisors of ``total`` next to ``size``, one below and one above where there are such."""
     divisors = [part for low in range(1, math.isqrt(total) + 1) if total % low == 0 for part in (low, total // low)]
-    below = [part for part in divisors if part < size]
-    above = [part for part in divisors if part > size]
-    return [max(below)] * bool(below) + [min(above)] * bool(above)
+    below = max((part for part in divisors if part < size), default=None)
+    above = min((part for part in divisors if part > size), default=None)
+    return [part for part in (below, above) if part is not None]
 
 
 def _choice(name: str, sizes: Iterable[int]) -> str:

@@ -107,3 +107,8 @@ def test_nearest_sizes_that_fit(size: int, micro: int, world: int) -> None:
 def test_sizes_are_positive(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} must be at least 1, got 0"):
         accumulation(**{"global_batch_size": 8, "micro_batch_size": 2, "world_size": 1, name: 0})
+
+
+def test_more_devices_than_micro_batches() -> None:
+    with pytest.raises(UsageError, match=r"number of devices 4$"):
+        accumulation(global_batch_size=256, micro_batch_size=64, world_size=5)

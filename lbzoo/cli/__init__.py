@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        code = app([word for word in words if word != "--debug"], standalone_mode=False)
+        code = app([word for word in words if word != "--debug"], standalone_mode=False, prog_name="lbzoo")
     except TyperException as error:  # a mistake in the command line
         show = getattr(error, "show", None)
         show() if show else typer.echo(f"error: {error}", err=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -74,10 +76,10 @@ def _problems(report: dict[str, dict[str, Any]]) -> list[str]:
     if not (2, 11) <= torch_version < (2, 13):
         problems.append(f"torch {metadata.version('torch')} is outside >=2.11,<2.13; see constraints.txt")
     if report["extras"]["dlrm"] == "installed":
-        try:
-            importlib.import_module("fbgemm_gpu")
-        except Exception as error:
-            problems.append(
-                f"fbgemm_gpu does not import ({error}); without an NVIDIA driver `make setup` swaps in its CPU build"
-            )
+        # In a process of its own: it prints warnings as it comes in, and a broken one may crash.
+        done = subprocess.run([sys.executable, "-c", "import fbgemm_gpu"], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it crashed"])[-1]
+            advice = "without an NVIDIA driver `make setup` swaps in its CPU build"
+            problems.append(f"fbgemm_gpu does not import ({reason}); {advice}")
     return problems

@@ -24,7 +24,10 @@ def fit(
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     plugins: Annotated[bool, typer.Option("--plugins/--no-plugins", help="May the recipe import code?")] = True,
 ) -> int:
-    """Train a recipe: lbzoo fit resnet50_novograd_32k optimizer.lr=0.02 --scale mini."""
+    """Train a recipe.
+
+    Example: lbzoo fit resnet50_novograd_32k optimizer.lr=0.02 --scale mini
+    """
     from lbzoo.engines import fit as run_fit
     from lbzoo.engines.signals import StopRequested
 
