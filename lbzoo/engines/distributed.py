@@ -55,10 +55,12 @@ def _set_variables_from_slurm(world: World) -> None:
     """What torchrun would have set, so that everything below looks in one place."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    slurm = SLURMEnvironment(auto_requeue=False)
+    nodes = os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
+    # Of two jobs on one node, each needs a port of its own; a job's tasks know its number.
+    job = os.environ.get("SLURM_JOB_ID", "0")
+    os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    os.environ.setdefault("MASTER_PORT", str(15000 + int(job) % 10000))
     os.environ.update(
-        MASTER_ADDR=slurm.main_address,
-        MASTER_PORT=str(slurm.main_port),
         RANK=str(world.rank),
         WORLD_SIZE=str(world.world_size),
         LOCAL_RANK=str(world.local_rank),

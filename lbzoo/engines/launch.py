@@ -149,9 +149,12 @@ def _launched_by(variables: Mapping[str, str]) -> Literal["torchrun", "slurm"] |
     if "RANK" in variables and "WORLD_SIZE" in variables:
         return "torchrun"
     interactive = variables.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_NTASKS" in variables and "SLURM_PROCID" in variables and not interactive:
-        return "slurm"
-    return None
+    if int(variables.get("SLURM_NTASKS", "1")) < 2 or interactive:
+        return None  # a job of one task starts its processes itself
+    if "SLURM_STEP_ID" not in variables:
+        # The batch script itself, of which there is one: it would wait for the others for ever.
+        raise UsageError(f"this SLURM job has {variables['SLURM_NTASKS']} tasks: start it with srun lbzoo fit ...")
+    return "slurm"
 
 
 def _gpu_count(accelerator: str) -> int:

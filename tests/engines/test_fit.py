@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,38 @@ def test_two_processes_train_the_same_weights(recipe: Path, run: Path, tmp_path:
     lines = read_metrics(result.run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert not (tmp_path / "small" / "2").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_under_slurm_and_under_torchrun(recipe: Path, run: Path, tmp_path: Path) -> None:
+    """Processes that somebody else started: in one run folder, rank 0 alone speaks, the same weights."""
+    base = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    words = ["-m", "lbzoo", "fit", str(recipe), "trainer.devices=auto", "--runs", str(tmp_path)]
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0",
+             "SLURM_NODELIST": "localhost"}  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env={**base, **slurm, "SLURM_PROCID": r, "SLURM_LOCALID": r},
+            stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for r in "01"
+    ]
+    outputs = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert "finished at step 8" in outputs[0]
+    assert outputs[1] == ""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    done = subprocess.run(torchrun, env=base, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0
+    assert done.stdout.count("finished at step 8") == 1
+    module = build_task(load_recipe(run / "recipe.yaml").stages[0])
+    for folder in (tmp_path / "small" / "1", tmp_path / "small" / "2"):
+        two, one = weights(folder, 8), weights(run, 8)
+        for name, _ in module.named_parameters():
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.dist

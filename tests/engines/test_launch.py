@@ -12,6 +12,7 @@ SLURM = {
     "SLURM_PROCID": "9",
     "SLURM_LOCALID": "1",
     "SLURM_NNODES": "2",
+    "SLURM_STEP_ID": "0",
     "SLURM_JOB_NAME": "train",
 }
 
@@ -33,6 +34,17 @@ def test_torchrun_and_slurm_are_honoured() -> None:
     assert find_world(accelerator="cpu", variables=TORCHRUN) == World("cpu", 4, 2, 5, 1, "torchrun")
     assert find_world(accelerator="cpu", variables=SLURM) == World("cpu", 8, 2, 9, 1, "slurm")
     assert find_world(accelerator="cpu", devices=4, num_nodes=2, variables=TORCHRUN).in_process
+
+
+def test_a_slurm_job_of_one_task_starts_its_own_processes() -> None:
+    world = find_world(accelerator="cpu", devices=4, variables={**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
+    assert world.launched_by is None
+    assert world.world_size == 4
+
+
+def test_a_batch_script_without_srun() -> None:
+    with pytest.raises(UsageError, match="16 tasks: start it with srun"):
+        find_world(accelerator="cpu", variables={k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"})
 
 
 def test_an_interactive_slurm_shell_is_not_a_launch() -> None:
