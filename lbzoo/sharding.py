@@ -33,11 +33,12 @@ def local_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of ``parameter.grad``, sharded as the parameter is."""
     gradient = parameter.grad
     assert gradient is not None
-    both = isinstance(gradient, DTensor) and isinstance(parameter, DTensor)
-    if both and gradient.placements != parameter.placements:
+    if not (isinstance(gradient, DTensor) and isinstance(parameter, DTensor)):
+        return gradient
+    if gradient.placements != parameter.placements:
         # Tensor parallelism can leave a partial sum, or another layout, in the gradient.
         gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
-    return local(gradient)
+    return gradient.to_local()
 
 
 def with_local(tensor: Tensor, shard: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def adam_direction(
     if nesterov is None and fused_kernels.can_fuse(params, grads, exp_avgs, exp_avg_sqs, directions):
         for param, direction in zip(params, directions, strict=True):
             torch.mul(param, weight_decay, out=direction)
-        times = steps if bias_correction else [float("inf")] * len(steps)
+        times = _times(steps, bias_correction)
         # A learning rate of -1 adds m_hat / (sqrt(v_hat) + eps) to what is there.
         fused_kernels.adam_(directions, grads, exp_avgs, exp_avg_sqs, times, lr=-1.0, betas=betas, eps=eps)
         return
@@ -58,6 +58,26 @@ def adam_direction(
     torch._foreach_add_(list(directions), m_hat)
 
 
+def gradient_direction(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Any],
+    directions: Sequence[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Set ``directions`` to grads / (sqrt(v_hat) + eps) + weight_decay * params, v as it is. An elementwise kernel."""
+    denominators = _corrected(list(exp_avg_sqs), grads, betas[1], steps, True, look_ahead=False)
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_copy_(list(directions), list(params))
+    torch._foreach_mul_(list(directions), weight_decay)
+    torch._foreach_addcdiv_(list(directions), list(grads), denominators)
+
+
 def adam_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -66,24 +86,45 @@ def adam_step(
     steps: Sequence[Any],
     *,
     lr: float | Tensor,
-    **options: Any,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    bias_correction: bool = True,
+    nesterov: Nesterov = None,
 ) -> None:
-    """params -= lr * direction, moments updated in place (``options``: adam_direction's). An elementwise kernel."""
-    plain = options.get("nesterov") is None and options.get("bias_correction", True) and not isinstance(lr, Tensor)
-    if plain and fused_kernels.can_fuse(params, grads, exp_avgs, exp_avg_sqs):
-        betas, eps, weight_decay = options["betas"], options["eps"], options["weight_decay"]
-        fused_kernels.adam_(
-            params, grads, exp_avgs, exp_avg_sqs, steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-        )
+    """params -= lr * direction, with moments and direction as in :func:`adam_direction`. An elementwise kernel."""
+    moments = (params, grads, exp_avgs, exp_avg_sqs)
+    if nesterov is None and not isinstance(lr, Tensor) and fused_kernels.can_fuse(*moments):
+        times = _times(steps, bias_correction)
+        fused_kernels.adam_(*moments, times, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         return
     directions = [torch.empty_like(param) for param in params]
-    adam_direction(params, grads, exp_avgs, exp_avg_sqs, steps, directions, **options)
+    adam_direction(
+        *moments,
+        steps,
+        directions,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        bias_correction=bias_correction,
+        nesterov=nesterov,
+    )
     torch._foreach_mul_(directions, lr)
     torch._foreach_sub_(list(params), directions)
 
 
+def _times(steps: Sequence[float], bias_correction: bool) -> Sequence[float]:
+    return steps if bias_correction else [float("inf")] * len(steps)
+
+
 def _corrected(
-    average: list[Tensor], newest: list[Tensor], beta: float, steps: Sequence[Any], correct: bool, *, look_ahead: bool
+    average: list[Tensor],
+    newest: Sequence[Tensor],
+    beta: float,
+    steps: Sequence[Any],
+    correct: bool,
+    *,
+    look_ahead: bool,
 ) -> list[Tensor]:
     """New tensors: average / (1 - beta^t), or the look-ahead
     beta * average / (1 - beta^(t+1)) + (1 - beta) * newest / (1 - beta^t); without bias correction both divisors are 1.
@@ -95,5 +136,5 @@ def _corrected(
     if not look_ahead:
         return list(torch._foreach_div(average, [mass(step) for step in steps]))
     hat = list(torch._foreach_mul(average, [beta / mass(step + 1) for step in steps]))
-    torch._foreach_add_(hat, torch._foreach_mul(newest, [(1 - beta) / mass(step) for step in steps]))
+    torch._foreach_add_(hat, torch._foreach_mul(list(newest), [(1 - beta) / mass(step) for step in steps]))
     return hat

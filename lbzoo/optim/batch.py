@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lbzoo.optim.elementwise import PIECE, same_layout
-from lbzoo.sharding import ShardGroups, local, local_gradient
+from lbzoo.optim.state import state_dtype
+from lbzoo.sharding import ShardGroups, local, local_gradient, shard_groups
+
+StateOf: TypeAlias = Callable[[Tensor, int, int], dict[str, Any]]  # of (parameter, index of its group, position in it)
+NewState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]  # of (parameter, its group)
 
 ACCELERATOR_LIMIT = 1 << 26  # elements: bounds the temporaries of a step, and still fills a GPU
 
@@ -63,6 +68,13 @@ class Batch:
         self.columns.append(self.width)
         self.size += owner.numel()
 
+    def add_stand_in(self, new_state: NewState) -> None:
+        """Give the rule a tensor to run on where no gradient is here: other ranks may wait for its exchange."""
+        stand_in = torch.zeros(1, device=local(self.group["params"][0]).device)
+        stand_in.grad = torch.zeros_like(stand_in)
+        self.owners.append(stand_in)
+        self.states.append(new_state(stand_in, self.group))
+
     def has_room(self, tensor: Tensor) -> bool:
         limit = PIECE if tensor.device.type == "cpu" else ACCELERATOR_LIMIT
         return not self.owners or self.size + tensor.numel() <= limit
@@ -105,9 +117,37 @@ class Batch:
         return lr
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """float32, or the parameter's own type where that has more precision."""
-    return torch.promote_types(param.dtype, torch.float32)
+def make_batches(
+    param_groups: Sequence[dict[str, Any]], state_of: StateOf, new_state: NewState, scratch: Scratch | None = None
+) -> list[Batch]:
+    """All parameters with a gradient, by group, shards, device and type.
+
+    ``new_state`` makes the state of a stand-in (see Batch). ``scratch`` serves the batches that run one after another:
+    those on the CPU without sharded parameters.
+    """
+    batches: list[Batch] = []
+    for index, group in enumerate(param_groups):
+        current: dict[Any, Batch] = {}
+        for position, param in enumerate(group["params"]):
+            shards = shard_groups(param)
+            if param.grad is None and not (shards and param.requires_grad):
+                continue
+            key = (shards, param.device, param.dtype)
+            batch = current.get(key)
+            if batch is None or not (shards or batch.has_room(param)):
+                batch = current[key] = Batch(group, shards, scratch if _alone_on_cpu(param, shards) else None)
+                batches.append(batch)
+            if param.grad is not None:
+                batch.add(param, state_of(param, index, position), (index, position))
+            batch.width += 1
+        for batch in current.values():
+            if not batch.owners:
+                batch.add_stand_in(new_state)
+    return batches
+
+
+def _alone_on_cpu(param: Tensor, shards: ShardGroups) -> bool:
+    return param.device.type == "cpu" and not shards
 
 
 def _in_full_precision(param: Tensor) -> Tensor:

@@ -67,15 +67,20 @@ def sweep(kernel: Kernel | None, columns: Sequence[Column], norms_of: Sequence[i
     return Norms(torch.tensor(totals, dtype=torch.float64), order)
 
 
-def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], factors: Tensor) -> None:
-    """targets[i] += factors[i] * tensors[i]; ``factors`` [tensors]. On a CPU from the end, where the cache is warm."""
+def add_scaled_(targets: Sequence[Tensor], *terms: tuple[Sequence[Tensor], Tensor]) -> None:
+    """targets[i] += factors[i] * tensors[i] for each term (tensors, factors [tensors])."""
     if not on_eager_cpu(targets):
-        torch._foreach_addcmul_(list(targets), list(tensors), as_column(factors, targets))
+        for tensors, factors in terms:
+            torch._foreach_addcmul_(list(targets), list(tensors), as_column(factors, targets))
         return
-    columns = [targets, tensors, as_column(factors, targets)]
-    for _, (target_piece, piece, factor_piece) in reversed(list(_pieces(columns))):
-        for target, tensor, factor in zip(target_piece, piece, factor_piece, strict=True):
-            target.add_(tensor, alpha=factor)
+    columns: list[Column] = [targets]
+    for tensors, factors in terms:
+        columns += [tensors, as_column(factors, targets)]
+    # From the end: there the cache is still warm from the pass before.
+    for _, (target_piece, *term_pieces) in reversed(list(_pieces(columns))):
+        for tensor_piece, factor_piece in zip(term_pieces[::2], term_pieces[1::2], strict=True):
+            for target, tensor, factor in zip(target_piece, tensor_piece, factor_piece, strict=True):
+                target.add_(tensor, alpha=factor)
 
 
 def as_column(values: Tensor, tensors: Sequence[Tensor]) -> list[Any]:

@@ -30,7 +30,9 @@ from lbzoo.optim.adam_moments import adam_direction, adam_step
 from lbzoo.optim.batch import Batch
 from lbzoo.optim.elementwise import add_scaled_, run, sweep
 from lbzoo.optim.info import register_optimizer
-from lbzoo.optim.layerwise import LayerwiseOptimizer, Rule, new_average, new_step_count, trust_ratio
+from lbzoo.optim.layerwise import LayerwiseOptimizer, trust_ratio
+from lbzoo.optim.rules import Rule
+from lbzoo.optim.state import new_average, new_step_count
 
 
 def lamb(
@@ -48,7 +50,7 @@ def lamb(
     report: bool = False,
     **adam: Any,
 ) -> Rule:
-    """The rule on lists of tensors, in place; see ``layerwise`` for its form.
+    """The rule on lists of tensors, in place; see ``rules`` for its form.
 
     ``updates``: temporaries like ``params``. ``adam``: the options of :func:`adam_direction`.
     """
@@ -59,7 +61,7 @@ def lamb(
     direction = partial(adam_direction, **adam)
     param_norms, update_norms = yield sweep(direction, [*moments, updates], norms_of=[0, 5], order=norm_order)
     ratios = trust_ratio(param_norms, update_norms, weight_norm_range) if adapt else torch.ones_like(update_norms)
-    add_scaled_(params, updates, -lr * ratios)
+    add_scaled_(params, (updates, -lr * ratios))
     if not report:
         return {}
     if norm_order != 2.0:

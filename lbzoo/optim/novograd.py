@@ -28,8 +28,10 @@ from torch.optim.optimizer import ParamsT
 from lbzoo.optim.batch import Batch
 from lbzoo.optim.elementwise import as_column, run, sweep
 from lbzoo.optim.info import register_optimizer
-from lbzoo.optim.layerwise import LayerwiseOptimizer, Rule, new_average, new_layer_scalar
+from lbzoo.optim.layerwise import LayerwiseOptimizer, norms_of_change
 from lbzoo.optim.momentum import momentum_step
+from lbzoo.optim.rules import Rule
+from lbzoo.optim.state import new_average, new_layer_scalar
 
 
 def novograd(
@@ -48,7 +50,7 @@ def novograd(
     eps_in_root: bool = False,
     report: bool = False,
 ) -> Rule:
-    """The rule on lists of tensors, in place; see ``layerwise`` for its form.
+    """The rule on lists of tensors, in place; see ``rules`` for its form.
 
     ``exp_avg_sqs``: 0-dim, as are their maxima so far (None without AMSGrad).
     """
@@ -73,10 +75,7 @@ def novograd(
     if not report:
         return {}
     (direction_norms,) = yield sweep(None, [exp_avgs], norms_of=[0])
-    step_norms = lr * direction_norms
-    if decoupled:
-        torch._foreach_sub_(before, list(params))
-        (step_norms,) = yield sweep(None, [before], norms_of=[0])
+    step_norms = (yield from norms_of_change(before, params)) if decoupled else lr * direction_norms
     return {"direction_norm": direction_norms, "step_norm": step_norms, "grad_scale": grad_scales}
 
 
