@@ -30,7 +30,7 @@ _ANCHORS = np.array(
     ]
 )
 _NO_VALUE = (160, 160, 160)
-_SIZE = 480, 640  # pixels that the rows share, and that the columns share
+_HEIGHT, _WIDTH = 480, 640  # pixels that the rows share, and that the columns share
 _TEXT = 17  # pixels of a line of text
 
 
@@ -74,7 +74,8 @@ def draw(history: History) -> NDArray[np.uint8]:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs_LT = np.log10(history.values_LT())
     low, high = _bounds(logs_LT)
-    height, width = (max(2, min(_TEXT, size // n)) for size, n in zip(_SIZE, logs_LT.shape, strict=True))
+    layers, columns = logs_LT.shape
+    height, width = max(2, min(_TEXT, _HEIGHT // layers)), max(2, min(4 * _TEXT, _WIDTH // columns))
     cells = _colours((logs_LT - low) / (high - low)).repeat(height, axis=0).repeat(width, axis=1)
 
     font = ImageFont.load_default(_TEXT - 3)

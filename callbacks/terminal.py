@@ -85,21 +85,20 @@ class Lines:
         self._seconds = seconds
         self._opened = time.monotonic()
         self._next = self._opened + (FIRST_LINE_SECONDS if seconds is None else seconds)
-        self._validating = False
 
     def is_due(self) -> bool:
         return time.monotonic() >= self._next
 
     def show(self, status: Status) -> None:
-        self._validating = False
         self.say(" · ".join(filter(None, [status.steps(), status.facts()])))
         self._schedule()
 
     def validating(self, done: int, total: int | None) -> None:
-        if not self._validating or self.is_due():
+        if done == 0:  # a short validation needs no line besides its results
+            self._next = min(self._next, time.monotonic() + FIRST_LINE_SECONDS)
+        elif self.is_due():
             self.say("validating" + (f": {done}/{total} batches" if total else ""))
             self._schedule()
-        self._validating = True
 
     def say(self, text: str) -> None:
         print(text, flush=True)

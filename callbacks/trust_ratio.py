@@ -138,17 +138,16 @@ def _log10(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _layout(names: Sequence[str], quantities: Sequence[str]) -> Layout:
     """Charts for the custom-scalar page: the quantiles together, and all layers of one part of the network together."""
     parts = _parts(names)
+    band = ("p50", "p10", "p90")
     layout: dict[str, dict[str, Chart]] = {
-        "trust ratio over the layers": {
-            "median, 10th to 90th percentile": ("Margin", [f"summary/trust_ratio_{q}" for q in ("p50", "p10", "p90")]),
-            "minimum to maximum": ("Multiline", ["^summary/trust_ratio_(min|p10|p50|p90|max)$"]),
-        },
-        "update / weight over the layers": {
-            "median, 10th to 90th percentile": ("Margin", [f"summary/update_ratio_{q}" for q in ("p50", "p10", "p90")]),
+        "over the layers": {
+            "trust ratio: median, 10th to 90th percentile": ("Margin", [f"summary/trust_ratio_{q}" for q in band]),
+            "trust ratio: minimum to maximum": ("Multiline", ["^summary/trust_ratio_(min|p10|p50|p90|max)$"]),
+            "update / weight: median, 10th to 90th percentile": ("Margin", [f"summary/update_ratio_{q}" for q in band]),
         },
     }
     for quantity in quantities:
-        layout[f"{quantity} by layer"] = {
+        layout[f"{quantity} of each layer"] = {
             part: ("Multiline", [f"^{quantity}/{re.escape(part)}(\\.|$)"]) for part in parts
         }
     return layout

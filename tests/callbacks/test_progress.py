@@ -63,7 +63,7 @@ def test_validation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     module = Timed(monkeypatch, 1.0)
     fit(
         module,
-        Progress(line_seconds=8.0),
+        Progress(line_seconds=5.0),
         max_steps=12,
         validate=True,
         val_check_interval=6,
@@ -71,11 +71,11 @@ def test_validation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         num_sanity_val_steps=0,
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "validating: 0/12 batches"
-    assert lines[2] == "validating: 8/12 batches"
-    assert re.fullmatch(r"step 6: val/loss \d\.\d{4}, val/top1 \d\.\d{4} \(12 s\)", lines[3])
-    top1 = lines[3].split("val/top1 ")[1].split()[0]
-    assert re.fullmatch(rf"step 10/12 · 4 samples/s · 4.7 s left · loss .* · val/top1 {top1}", lines[4])
+    assert lines[1].startswith("step 6/12")
+    assert lines[2:4] == ["validating: 5/12 batches", "validating: 10/12 batches"]
+    assert re.fullmatch(r"step 6: val/loss \d\.\d{4}, val/top1 \d\.\d{4} \(12 s\)", lines[4])
+    top1 = lines[4].split("val/top1 ")[1].split()[0]
+    assert re.fullmatch(rf"step 9/12 · 4 samples/s · 7\.5 s left · loss .* · val/top1 {top1}", lines[5])
     assert lines[-1] == "trained 12 steps in 36 s, 4 samples/s"
 
 
@@ -83,9 +83,8 @@ def test_a_validation_alone(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = fit(Plain(adamw), max_steps=1)
     trainer.callbacks.append(Progress())
     trainer.validate(trainer.lightning_module, data(), verbose=False)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == "validating: 0/12 batches"
-    assert re.fullmatch(r"val/loss \d\.\d{4}, val/top1 \d\.\d{4} \(\d\.\d s\)", second)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"val/loss \d\.\d{4}, val/top1 \d\.\d{4} \(\d\.\d s\)", line)
 
 
 def test_sanity_check_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -287,6 +287,6 @@ def test_custom_scalar_layout_names_the_parts(tmp_path: Path) -> None:
     (event,) = events(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     titles = {category.title: [chart.title for chart in category.chart] for category in layout.category}
-    assert titles["trust_ratio by layer"] == ["0", "2"]
-    (pattern,) = next(c for c in layout.category if c.title == "trust_ratio by layer").chart[0].multiline.tag
+    assert titles["trust_ratio of each layer"] == ["0", "2"]
+    (pattern,) = next(c for c in layout.category if c.title == "trust_ratio of each layer").chart[0].multiline.tag
     assert pattern == r"^trust_ratio/0(\.|$)"
