@@ -8,7 +8,7 @@ from typing import Any
 
 from lbzoo.errors import UsageError
 from lbzoo.recipe.finding import find_recipe
-from lbzoo.recipe.merging import apply_override, merge, stage_node, unknown_stages
+from lbzoo.recipe.merging import apply_override, merge, refuse_unknown_stages, stage_node
 from lbzoo.recipe.nodes import Node, Origin, Problem, RecipeError, from_plain
 from lbzoo.recipe.reading import read_recipe
 from lbzoo.recipe.schema import CONSTANT_KEYS, WARMUP_KEYS, Scale
@@ -35,7 +35,7 @@ def merged_layers(
         problems += found
     if row is not None:
         layer = from_plain(dict(row), Origin("row", text="table row"))
-        problems += tidy(layer) + unknown_stages(merged, layer)
+        problems += tidy(layer) + refuse_unknown_stages(merged, layer)
         merged = merge(merged, layer)
     merged, found = _at_scale(merged, scale)
     problems += found
@@ -66,7 +66,7 @@ def _over_base(recipe: Node, base_name: Node, path: Path) -> tuple[Node, list[Pr
         problems.append(Problem(deeper.origin, "this recipe is a base already; a base has none of its own"))
     for key in _OF_THE_PAPER:
         base.value.pop(key, None)
-    problems += unknown_stages(base, recipe)
+    problems += refuse_unknown_stages(base, recipe)
     return merge(base, recipe), problems
 
 
@@ -80,7 +80,7 @@ def _at_scale(merged: Node, scale: Scale) -> tuple[Node, list[Problem]]:
         return merged, [Problem(mini.origin, "expected a mapping of changes (`key: value` lines)")]
     for key in _OF_THE_PAPER:
         merged.value.pop(key, None)
-    problems = unknown_stages(merged, mini)
+    problems = refuse_unknown_stages(merged, mini)
     merged = merge(merged, mini)
     return (merge(merged, _smoke(merged)) if scale == "smoke" else merged), problems
 

@@ -70,17 +70,20 @@ def stage_node(root: Node, stage: Node) -> Node:
     return merge(Node(shared, root.origin), stage).copy()
 
 
-def unknown_stages(root: Node, layer: Node) -> list[Problem]:
-    """The stages that ``layer`` changes by name although ``root`` has none of that name."""
+def refuse_unknown_stages(root: Node, layer: Node) -> list[Problem]:
+    """Take the stages out of ``layer`` that it changes by name although ``root`` has none of that name."""
     stages = layer.get("stages")
     if stages is None or not stages.is_mapping or isinstance(stages.value, StageList):
         return []
     there = root.get("stages")
     known = list(there.value) if there is not None and there.is_mapping else []
+    unknown = {name: node for name, node in stages.value.items() if name not in known}
+    stages.value = {name: node for name, node in stages.value.items() if name in known}
+    if not stages.value:
+        del layer.value["stages"]
     return [
         Problem(node.origin, f"no stage named '{name}'{did_you_mean(name, known) or '; this recipe has no stages'}")
-        for name, node in stages.value.items()
-        if name not in known
+        for name, node in unknown.items()
     ]
 
 
@@ -98,7 +101,7 @@ def apply_override(root: Node, text: str) -> tuple[Node, list[Problem]]:
     origin = Origin("override", keys, text=text)
     layer = _overlay(root, keys, (), read_value(value.strip(), origin), text)
     problems = tidy(layer)
-    problems += unknown_stages(root, layer)
+    problems += refuse_unknown_stages(root, layer)
     return merge(root, layer), problems
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from lbzoo.errors import did_you_mean
 
 Scale = Literal["paper", "mini", "smoke"]
 
@@ -164,6 +166,14 @@ class LoggingSettings(Settings):
     """Optimizer steps between logged steps."""
     loggers: list[str] = ["tensorboard"]
     """`tensorboard`, `csv`, `wandb`, `mlflow`, `comet`, `neptune`, or `package.module:Class`."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in LOGGER_NAMES and ":" not in name:
+                raise ValueError(f"no logger named '{name}'{did_you_mean(name, LOGGER_NAMES)}")
+        return names
 
 
 class StageSettings(Settings):
