@@ -47,7 +47,7 @@ def lars(
     report: bool = False,
 ) -> Rule:
     """The rule on lists of tensors, in place; see ``rules`` for its form."""
-    ratios = torch.ones(len(params), device=params[0].device)
+    ratios = torch.ones(len(params), dtype=params[0].dtype, device=params[0].device)
     if adapt:
         param_norms, grad_norms = yield sweep(None, [params, grads], norms_of=[0, 1])
         ratios = local_rates(param_norms, grad_norms, trust_coefficient, weight_decay)

@@ -27,7 +27,9 @@ def momentum_step(
     ``scales``, ``decays``: a number, or a 0-dim tensor, for each. ``nesterov``: param -= lr * (update + momentum *
     buffer). An elementwise kernel.
     """
-    if not nesterov and not isinstance(lr, Tensor) and fused_kernels.can_fuse(params, grads, buffers):
+    # The kernel's Nesterov step leaves out the scale, and without momentum it keeps no buffer.
+    suited = not nesterov and momentum > 0
+    if suited and not isinstance(lr, Tensor) and fused_kernels.can_fuse(params, grads, buffers):
         for param, grad, buffer, scale, decay in zip(params, grads, buffers, scales, decays, strict=True):
             if fused_kernels.scale_is_exact(scale):
                 fused_kernels.momentum_(
