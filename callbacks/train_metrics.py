@@ -21,6 +21,7 @@ from lbzoo.callbacks.step_loss import LossSum
 from lbzoo.callbacks.throughput import TrainingClock, samples_per_second
 from lbzoo.callbacks.trainer_view import (
     TrainerView,
+    at_least_one,
     coming_step,
     is_logged,
     loss_scale,
@@ -40,7 +41,7 @@ class TrainMetrics(Callback):
     """
 
     def __init__(self, *, every: int = 50) -> None:
-        self.every = every
+        self.every = at_least_one(every)
         self._restored_samples: int | None = None
         self._begin()
 
@@ -49,9 +50,9 @@ class TrainMetrics(Callback):
         self._logged = self._clock.read()
         self._loss = LossSum()
         self._window = 0  # samples of the coming step so far, of all ranks
-        self._samples: int | None = (
-            None  # seen in this stage; None until the first step tells a resumed run's batch size
-        )
+        # Seen in this stage; None until the first step tells the size of a batch, for the steps before a resume.
+        self._samples: int | None = None
+        self._steps_before = 0
         self._stepping = False
         self._scalars: dict[str, float | Tensor] = {}
 
@@ -115,5 +116,5 @@ def _mean_over_ranks(losses: tuple[Tensor, int] | None, world_size: int, device:
     pair = torch.stack([total.float(), torch.tensor(float(count), device=total.device)])
     if world_size > 1 and torch.distributed.is_initialized():
         torch.distributed.all_reduce(pair)
-    total_, count_ = pair.tolist()
-    return total_ / count_ if count_ else None
+    loss_sum, loss_count = pair.tolist()
+    return loss_sum / loss_count if loss_count else None

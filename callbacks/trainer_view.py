@@ -21,6 +21,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lbzoo.errors import UsageError
+
 
 class TrainerView(Protocol):
     """What a callback may touch. Steps are optimizer steps.
@@ -79,6 +81,13 @@ class TrainerView(Protocol):
 def is_logged(step: int, every: int) -> bool:
     """Whether optimizer step ``step`` (1-based) is logged: the first, and each whose number ``every`` divides."""
     return step == 1 or step % every == 0
+
+
+def at_least_one(every: int) -> int:
+    """An ``every`` that a user gave, checked."""
+    if every < 1:
+        raise UsageError(f"every: a number of optimizer steps, at least 1, not {every}")
+    return every
 
 
 def steps_done(trainer: TrainerView) -> int:

@@ -27,7 +27,7 @@ from lbzoo.callbacks.heatmap import History, draw
 from lbzoo.callbacks.layer_stats import StatsSource, join, stats_source
 from lbzoo.callbacks.log_values import Chart, Layout, log_histogram, log_image, log_layers, log_layout
 from lbzoo.callbacks.optimizer_view import Layer, select, trained_layers, unwrap
-from lbzoo.callbacks.trainer_view import TrainerView, coming_step, is_logged, loss_scale
+from lbzoo.callbacks.trainer_view import TrainerView, at_least_one, coming_step, is_logged, loss_scale
 from lbzoo.optim.layer_stats import LayerStats
 from lbzoo.registry import register_callback
 
@@ -64,7 +64,7 @@ class TrustRatio(Callback):
         histogram: bool = True,
         heatmap: bool = True,
     ) -> None:
-        self.every, self.layers, self.values = every, tuple(layers), tuple(values)
+        self.every, self.layers, self.values = at_least_one(every), tuple(layers), tuple(values)
         self.histogram, self.heatmap = histogram, heatmap
         self._begin([])
 

@@ -16,6 +16,7 @@ from plain_trainer import Plain, adamw, fit, scalars, tensorboard
 from torch import nn
 
 import lbzoo
+from lbzoo.errors import UsageError
 from lbzoo.registry import REQUIRED, callbacks
 
 NAMES = callbacks.names()
@@ -46,6 +47,12 @@ def test_options_are_keywords_with_types_and_defaults(name: str) -> None:
         assert option.annotation is not typing.Any, f"{name}.{option.name}: its type cannot be read from the source"
         assert option.default is not REQUIRED
     assert callbacks.entry(name).first_line.endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "every" in callbacks.entry(name).options])
+def test_every_is_a_positive_number_of_steps(name: str) -> None:
+    with pytest.raises(UsageError, match=r"every: .* at least 1, not 0"):
+        callbacks.get(name)(every=0)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
