@@ -17,6 +17,7 @@ from typing import Any
 
 from lbzoo import registry
 from lbzoo.errors import LbzooError, UsageError, did_you_mean
+from lbzoo.optim import optimizer_options
 from lbzoo.param_groups import COMMON_OPTIONS, SELECTORS
 from lbzoo.recipe.merging import SHARED_KEYS
 from lbzoo.recipe.nodes import Node, Problem
@@ -36,13 +37,17 @@ REGISTRIES: Mapping[str, registry.Registry] = {
 
 def component_options(kind: Kind, name: str) -> Mapping[str, Option]:
     """The options that a component takes. Raises UsageError where there is no such component."""
-    if kind == "optimizer":
-        from lbzoo.optim import optimizer_options
-
-        return optimizer_options(name)
-    if ":" in name:
-        return _foreign_options(component_class(kind, name))
-    return REGISTRIES[kind].options(name)
+    if ":" not in name:
+        return optimizer_options(name) if kind == "optimizer" else REGISTRIES[kind].options(name)
+    module, _, attribute = name.partition(":")
+    if not (all(module.split(".")) and attribute):
+        raise UsageError(f"'{name}' is no class of a module; write package.module:Class")
+    try:
+        return optimizer_options(name) if kind == "optimizer" else _foreign_options(component_class(kind, name))
+    except LbzooError:
+        raise
+    except Exception as error:  # whatever the code of another package does when it is imported
+        raise UsageError(f"importing '{name}' failed: {type(error).__name__}: {error}") from error
 
 
 def component_class(kind: Kind, name: str) -> Any:

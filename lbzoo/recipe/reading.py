@@ -24,7 +24,7 @@ _CONSTANTS = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
     **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
 }
-_MAX_NODES = 100_000  # aliases of aliases can stand for more nodes than memory holds
+_MAX_NODES = 20_000  # aliases of aliases can stand for more nodes than memory holds
 
 
 def read_recipe(path: Path, source: Source = "recipe") -> tuple[Node, list[Problem]]:
@@ -173,10 +173,10 @@ class _Reader:
 
 def _syntax_problem(error: yaml.YAMLError, text: str, source: Source, file: str) -> Problem:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    line = mark.line + 1 if mark is not None else None
+    line = mark.line + 1 if mark is not None else text[: getattr(error, "position", 0)].count("\n") + 1
     reason = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
     lines = text.splitlines()
-    at = lines[line - 1] if line is not None and line <= len(lines) else ""
+    at = lines[line - 1] if line <= len(lines) else ""
     if "\t" in at[: len(at) - len(at.lstrip())]:
         message = "the line is indented with a tab; YAML takes spaces only"
     elif "but found another document" in reason:
