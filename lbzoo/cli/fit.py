@@ -29,21 +29,17 @@ def fit(
     Example: lbzoo fit resnet50_novograd_32k optimizer.lr=0.02 --scale mini
     """
     from lbzoo.engines import fit as run_fit
-    from lbzoo.engines.signals import StopRequested
 
-    try:
-        result = run_fit(
-            recipe,
-            overrides or (),
-            scale=scale.value,
-            resume=resume,
-            init_from=init_from,
-            runs=runs,
-            allow_plugins=plugins,
-            say=lambda text: typer.echo(text),
-        )
-    except StopRequested as stop:
-        return stop.exit_code
+    result = run_fit(
+        recipe,
+        overrides or (),
+        scale=scale.value,
+        resume=resume,
+        init_from=init_from,
+        runs=runs,
+        allow_plugins=plugins,
+        say=lambda text: typer.echo(text),
+    )
     _print_result(result.run_dir, result.state, result.step, dict(result.metrics), result.exit_code)
     return result.exit_code
 

@@ -1,29 +1,27 @@
-"""``python -m lbzoo.engines.agent ARGS``: torchrun that leaves signals to the workers and ends without a traceback.
-
-The launcher signals this process's whole group, so each worker has the signal already; torchrun would send it again,
-wait 30 seconds and kill, which cuts a large checkpoint short.
-"""
+"""``python -m lbzoo.engines.agent ARGS``: torchrun that dies with its launcher and ends without a traceback."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 
-from lbzoo.engines.launch import FORWARDED_SIGNALS, die_with_parent
+from lbzoo.engines.launch import die_with_parent
 
 
 def main() -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for signum in FORWARDED_SIGNALS:
-        # Not SIG_IGN, which the workers would inherit.
-        signal.signal(signum, lambda *_: None)
-    die_with_parent(signal.SIGQUIT)  # the one signal that makes torchrun end its workers
+    die_with_parent(signal.SIGTERM)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # the ranks say what happens
     try:
         torchrun(sys.argv[1:])
     except ChildFailedError:
         return 1  # the workers have said why
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
     return 0
 
 

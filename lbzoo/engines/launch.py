@@ -100,9 +100,11 @@ def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> in
     """
     command = [
         sys.executable, "-m", "lbzoo.engines.agent", "--standalone", f"--nproc-per-node={world.devices}",
-        "--signals_to_handle=SIGQUIT", "-m", "lbzoo", *arguments,
+        f"--signals_to_handle={','.join(signum.name for signum in FORWARDED_SIGNALS)}", "-m", "lbzoo", *arguments,
     ]  # fmt: skip
     variables = {**os.environ, RUN_FOLDER_VARIABLE: str(run.path)}
+    # torchrun passes a signal on to the workers, waits this long, and kills: a large checkpoint needs its time.
+    variables.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     # torchrun sets 1 and says so in a box of asterisks; a share of the cores serves CPU runs better.
     variables.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world.devices, 1)))
     if world.accelerator == "cpu" and sys.platform == "linux":
@@ -111,7 +113,7 @@ def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> in
 
     def forward(signum: int, _frame: FrameType | None) -> None:
         if agent.poll() is None:
-            os.killpg(agent.pid, signum)
+            agent.send_signal(signum)
 
     previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
     try:
@@ -120,7 +122,7 @@ def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> in
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         if agent.poll() is None:
-            os.killpg(agent.pid, signal.SIGKILL)
+            agent.kill()  # the workers are told by the kernel (die_with_parent)
     return _exit_code(run, agent_code)
 
 

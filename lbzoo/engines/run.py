@@ -74,6 +74,9 @@ def fit(
         allow_plugins: whether the recipe may import code (``plugins``, ``package.module:Class``).
         say: called with each line that a person at a terminal wants to read (rank 0 only).
 
+    Returns the result of a run that finished or was stopped by a signal, and of one whose processes were started by
+    this call, however it ended.
+
     Raises:
         LbzooError: for everything that the user can mend; its ``exit_code`` says which kind.
     """
@@ -136,6 +139,7 @@ def _fit_in_process(
         die_with_parent(signal.SIGTERM)
     from lbzoo.engines import distributed
     from lbzoo.engines.lightning import Start, train
+    from lbzoo.engines.signals import StopRequested
 
     distributed.start(world)
     quiet: Say = say if world.rank == 0 else lambda text: None
@@ -145,6 +149,8 @@ def _fit_in_process(
     start = Start(checkpoint, state, weights)
     try:
         outcome = _guarded(run, world, lambda: train(resolved, sources, world, run, start))
+    except StopRequested as stop:
+        return _result(run, stop.exit_code)
     finally:
         distributed.stop()
     if world.rank == 0:

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from lbzoo.checkpoint import CheckpointFolder
 from lbzoo.checkpoint.format import load_weights
 from lbzoo.engines import fit, validate
 from lbzoo.engines.metrics_file import read_metrics
-from lbzoo.engines.signals import StopRequested
 from lbzoo.errors import CheckpointError, DataError, LbzooError, UsageError
 from lbzoo.recipe import build_task, load_recipe
 
@@ -129,9 +129,8 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
     """Bit for bit, and every step stands once in every log; step 4 is one at which validation was due."""
     with monkeypatch.context() as patch:
         StopAfter(patch, step, signum)
-        with pytest.raises(StopRequested) as stop:
-            fit(recipe, runs=tmp_path)
-    assert stop.value.exit_code == 128 + signum
+        stopped = fit(recipe, runs=tmp_path)
+    assert (stopped.state, stopped.exit_code, stopped.step) == ("interrupted", 128 + signum, step)
     cut = tmp_path / "small" / "1"
     status = json.loads((cut / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("interrupted", 128 + signum, step)
@@ -238,7 +237,7 @@ def test_under_slurm_and_under_torchrun(recipe: Path, run: Path, tmp_path: Path)
             env={**base, **slurm, "SLURM_PROCID": r, "SLURM_LOCALID": r},
             stdout=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         for r in "01"
     ]
     outputs = [task.communicate(timeout=200)[0] for task in tasks]
@@ -254,6 +253,38 @@ def test_under_slurm_and_under_torchrun(recipe: Path, run: Path, tmp_path: Path)
         two, one = weights(folder, 8), weights(run, 8)
         for name, _ in module.named_parameters():
             torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_launcher_saves_and_leaves_no_process(recipe: Path, tmp_path: Path, signum: int) -> None:
+    """The ranks agree on a step, save, and go; even where the launcher itself is killed. Another number goes on."""
+    words = ["fit", str(recipe), "steps=100000", "trainer.validate_every.steps=100000", "checkpoint.every_steps=50000",
+             "--runs", str(tmp_path)]  # fmt: skip
+    base = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([sys.executable, "-m", "lbzoo", *words, "trainer.devices=2"], env=base)
+    run_dir = tmp_path / "small" / "1"
+    wait_until(lambda: len(read_metrics(run_dir / "metrics.jsonl")) > 20)
+    launcher.send_signal(signum)
+    assert launcher.wait(timeout=60) == (-signum if signum == signal.SIGKILL else 128 + signum)
+    wait_until(lambda: json.loads((run_dir / "status.json").read_text())["state"] == "interrupted")
+    wait_until(lambda: subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).returncode == 1)
+    stopped_at = json.loads((run_dir / "status.json").read_text())["step"]
+    assert CheckpointFolder(run_dir / "checkpoints").steps()[-1] == stopped_at > 20
+    resumed = subprocess.Popen([sys.executable, "-m", "lbzoo", *words, "--resume", "auto"], env=base)
+    wait_until(lambda: read_metrics(run_dir / "metrics.jsonl")[-1]["step"] > stopped_at)
+    resumed.send_signal(signal.SIGTERM)
+    assert resumed.wait(timeout=60) == 143
+    steps = [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.2)
 
 
 @pytest.mark.dist
