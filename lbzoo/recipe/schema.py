@@ -135,11 +135,13 @@ class TrainerSettings(Settings):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """`ddp` replicates the model, `fsdp` shards it (FSDP2); `auto` takes ddp on more than one device."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where there are any."""
     devices: PositiveInt | Literal["auto"] = "auto"
     """Devices of each node; `auto` takes all GPUs, or one process on a CPU."""
     num_nodes: PositiveInt = 1
     """Machines, each with `devices` devices."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
+    """Bits of the weights (`true`) or of the arithmetic alone (`mixed`)."""
     gradient_clip_norm: PositiveFloat | None = None
     """Global gradient norm above which gradients are scaled down; none by default."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
@@ -189,10 +191,12 @@ class StageSettings(Settings):
     epochs: PositiveFloat | None = None
     """Passes over the training data; the steps are rounded up."""
     task: ComponentSettings
+    """Model, loss and metrics."""
     data: DataSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
     lr_scaling: LrScalingSettings | None = None
+    """How learning rate and warmup follow the batch size; not at all by default."""
 
 
 class HardwareSettings(Settings):
@@ -201,6 +205,7 @@ class HardwareSettings(Settings):
     devices: PositiveInt
     """Devices of each node."""
     num_nodes: PositiveInt = 1
+    """Machines, each with `devices` devices."""
     device: str = ""
     """The kind of device: `V100`, `TPU v3`."""
 
@@ -229,9 +234,13 @@ class Recipe(Settings):
     task: ComponentSettings | None = None
     """Model, loss and metrics."""
     data: DataSettings | None = None
+    """The data set, and how many samples of it make a step."""
     optimizer: OptimizerSettings | None = None
+    """The optimizer, its options and its parameter rules."""
     schedule: ScheduleSettings = ScheduleSettings()
+    """The learning rate over the optimizer steps; constant by default."""
     lr_scaling: LrScalingSettings | None = None
+    """How learning rate and warmup follow the batch size; not at all by default."""
     steps: PositiveInt | None = None
     """Optimizer steps of the run."""
     epochs: PositiveFloat | None = None
@@ -246,7 +255,9 @@ class Recipe(Settings):
     logging: LoggingSettings = LoggingSettings()
 
     table: TableSettings | None = None
+    """The line of a paper's table that the recipe runs again."""
     hardware: HardwareSettings | None = None
+    """What the paper ran it on."""
     expect: dict[str, float] = {}
     """Metrics the paper reports, by the name they are logged under: `{val/top1: 0.7578}`."""
     mini: dict[str, Any] | None = None
