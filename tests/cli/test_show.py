@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,7 @@ def test_every_line_is_yaml_and_has_an_origin(capsys: pytest.CaptureFixture[str]
 def test_mini_and_its_notes(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = shown(capsys, "optimizer.name=sgd", scale=ScaleName.mini)
     assert yaml.safe_load(out)["data"]["name"] == "digits"
-    assert (
-        err.splitlines()
-        == [
-            "note: optimizer 'sgd' takes no weight_decay: left out (written for 'novograd')",
-            "note: optimizer 'sgd' takes no betas: left out (written for 'novograd')",
-        ]
-        or "takes no betas" in err
-    )
+    assert err == "note: optimizer 'sgd' takes no betas: left out (written for 'novograd')\n"
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,4 +66,5 @@ def test_from_another_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     out, _ = shown(capsys)
-    assert "# line 2" in out, "lines of the recipe itself carry no file name"
+    version = out.splitlines()[1]
+    assert re.fullmatch(r"version: 1 +# line \d+", version), "lines of the recipe itself carry no file name"
