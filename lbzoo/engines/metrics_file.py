@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 
 class MetricsFile(Logger):
-    """Appends to ``path``; everything logged at one step becomes one line.
+    """Appends to ``path``; everything logged at one step becomes one line. ``time`` counts seconds over all starts.
 
     Args:
         path: the file. Lines after ``resume_step`` are dropped first: a resumed run writes them again.
@@ -50,7 +50,8 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add scalars to the line of ``step``."""
         if self._offset is None:
-            self._line, self._offset = _reopen(self._path, self._resume_step)
+            self._line, self._offset, seconds = _reopen(self._path, self._resume_step)
+            self._started -= seconds
         step = step if step is not None else int(self._line.get("step", 0))
         if step != self._line.get("step"):
             self.save()
@@ -87,10 +88,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int]:
-    """The line of ``resume_step``, to which more may come, and where it begins; the lines after it are dropped."""
+def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int, float]:
+    """The line of ``resume_step``, to which more may come, where it begins, and the seconds that the run had taken.
+
+    The lines after it are dropped.
+    """
     if not path.exists():
-        return {}, 0
+        return {}, 0, 0.0
     before = [line for line in read_metrics(path) if line.get("step", 0) < resume_step]
     last = next((line for line in read_metrics(path) if line.get("step") == resume_step), {})
     text = "".join(json.dumps(line) + "\n" for line in before)
@@ -98,7 +102,8 @@ def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int]:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(whole, encoding="utf-8")
     beside.replace(path)
-    return last, len(text.encode())
+    seconds = float((last or (before[-1] if before else {})).get("time", 0.0))
+    return last, len(text.encode()), seconds
 
 
 def _json_number(value: float) -> float | str:

@@ -73,7 +73,8 @@ class Checkpointer(Callback):
     """Saves at every ``every_steps`` steps, at each new best, at the stage's last step, and when a signal asks.
 
     A checkpoint of a step at which validation is due is written after that validation, so that a resumed run owes
-    nothing; only a run that was told to stop saves before, and says so in ``validation_owed``.
+    nothing; only a run that was told to stop before its stage's last step saves at once, and says so in
+    ``validation_owed``.
 
     Args:
         run: where to.
@@ -108,6 +109,7 @@ class Checkpointer(Callback):
         self._describe = describe
         self._signals = signals
         self._validation_owed = validation_owed
+        self._stop = 0  # the signal that the run was asked to stop by
         self.metrics: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,12 +126,12 @@ class Checkpointer(Callback):
             return
         step = trainer.global_step
         validation_due = self._validation_due(step)
-        stop = self._signals.agreed()
-        if stop:
-            self._save(trainer, pl_module, validation_owed=validation_due)
-            raise StopRequested(stop)
+        self._stop = self._stop or self._signals.agreed()
         if step >= self._last_step:
             trainer.should_stop = True  # Lightning validates before it stops, whatever the interval
+        elif self._stop:
+            self._save(trainer, pl_module, validation_owed=validation_due)
+            raise StopRequested(self._stop)
         elif self._save_due(step) and not validation_due:
             self._save(trainer, pl_module)
 
@@ -139,6 +141,8 @@ class Checkpointer(Callback):
         is_best = self.best.update(self.metrics, step) and self._save_best
         if is_best or self._save_due(step) or step >= self._last_step:
             self._save(trainer, pl_module, is_best=is_best)
+        if self._stop:
+            raise StopRequested(self._stop)
 
     def _validation_due(self, step: int) -> bool:
         return step % self._validate_every == 0 or step >= self._last_step

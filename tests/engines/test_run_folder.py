@@ -95,3 +95,14 @@ def test_one_line_a_step_and_none_twice_after_a_resume(tmp_path: Path) -> None:
     assert lines[1]["epoch"] == 0.2
     assert lines[2]["train/loss"] == "nan"
     assert read_metrics(file) == lines
+
+
+def test_time_goes_on_over_stages_and_resumes(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 2, "stage": "a", "time": 1000.0, "train/loss": 1.0}\n')
+    later = MetricsFile(file, 2, describe)
+    later.log_metrics({"train/loss": 0.5}, 3)
+    later.finalize("success")
+    first, second = read_metrics(file)
+    assert first["time"] == 1000.0
+    assert 1000.0 <= second["time"] < 1100.0
