@@ -100,7 +100,9 @@ class Batch:
         """Count this step for every tensor; the numbers, from 1 (tensors under torch.compile)."""
         counts = self.state("step")
         torch._foreach_add_(counts, 1.0)
-        return list(counts) if torch.compiler.is_compiling() else [count.item() for count in counts]
+        if torch.compiler.is_compiling():
+            return [count.double() for count in counts]  # 1 - beta^t cancels
+        return [count.item() for count in counts]
 
     def temporaries(self, slot: int = 0) -> list[Tensor]:
         """Uninitialised tensors like ``params``. With the same slot, the next batch is given the same memory."""

@@ -65,12 +65,20 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_group(group: Mapping[str, Any], where: str) -> None:
-    """Raise UsageError, naming every option of a parameter group that is outside its range."""
+def check_group(group: Mapping[str, Any], where: str, choices: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+    """Raise UsageError, naming every option of a parameter group that is outside its range.
+
+    ``choices``: options that are one of a few values, by name.
+    """
     mistakes = [
         f"{where}: {name} must be {text}, got {group[name]!r}"
         for name, (holds, text) in CHECKS.items()
         if name in group and not holds(group[name])
+    ]
+    mistakes += [
+        f"{where}: {name} must be one of {', '.join(map(repr, known))}, got {group[name]!r}"
+        for name, known in (choices or {}).items()
+        if not any(group[name] == value and type(group[name]) is type(value) for value in known)
     ]
     if mistakes:
         raise UsageError("\n".join(mistakes))

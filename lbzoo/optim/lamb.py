@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +84,8 @@ class Lamb(LayerwiseOptimizer):
     ``norm_order``: 1, 2 or inf (appendix F). ``weight_norm_range``: phi clamps |x| to it. ``bias_correction``,
     ``nesterov``: see the module. Raises UsageError for values out of range.
     """
+
+    choices: ClassVar = {"nesterov": (None, "first", "both")}
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,8 @@ class Lars(LayerwiseOptimizer):
 
     ``adapt``, ``nesterov``, ``lr_in_momentum``, ``clip``: see the module. Raises UsageError for values out of range.
     """
+
+    choices: ClassVar = {"nesterov": (False, True)}
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class LayerwiseOptimizer(Optimizer):
     """
 
     track_layer_stats: bool = False
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # options that are one of a few values
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._layer_stats = LayerStats()
@@ -143,7 +144,8 @@ class LayerwiseOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; raises UsageError for options out of range and parameters that the rule cannot take."""
         index = len(self.param_groups)
-        check_group({**self.defaults, **param_group}, f"{type(self).__name__}, parameter group {index}")
+        where = f"{type(self).__name__}, parameter group {index}"
+        check_group({**self.defaults, **param_group}, where, self.choices)
         super().add_param_group(param_group)
         try:
             for position, param in enumerate(self.param_groups[index]["params"]):
