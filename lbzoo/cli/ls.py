@@ -28,7 +28,10 @@ def ls(
     entries = _recipes(pattern) if kind is Kind.recipes else _components(kind, pattern)
     if json:
         print_json(entries)
-    elif entries:
+        return
+    if kind is Kind.optimizers and pattern == "*":
+        entries = _wrappers_once(entries)
+    if entries:
         columns = [column for column in entries[0] if column not in ("options", "source")]
         print_table(columns, [[str(entry[column] or "") for column in columns] for entry in entries])
     else:
@@ -60,3 +63,16 @@ def _components(kind: Kind, pattern: str) -> list[dict[str, Any]]:
             described["paper"] = entry.meta.get("paper", "")
         entries.append({**described, "options": list(entry.options or ()), "source": entry.source})
     return entries
+
+
+def _wrappers_once(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for all the names that a wrapper makes: ``larc_<name>``."""
+    from lbzoo.registry import optimizer_wrappers
+
+    wrappers = [optimizer_wrappers.entry(prefix) for prefix in optimizer_wrappers.names()]
+    sources = {wrapper.source for wrapper in wrappers}
+    lines = [
+        {"name": f"{wrapper.name}<name>", "summary": wrapper.first_line, "paper": wrapper.meta.get("paper", "")}
+        for wrapper in wrappers
+    ]
+    return [entry for entry in entries if entry["source"] not in sources] + lines

@@ -27,7 +27,7 @@ from lbzoo.engines.launch import (
 )
 from lbzoo.engines.run_folder import RunFolder, create_run, find_unfinished, run_of
 from lbzoo.errors import CheckpointError, DataError, LbzooError, UsageError
-from lbzoo.recipe import ResolvedRecipe, build_data, load_recipe, with_sample_counts
+from lbzoo.recipe import ResolvedRecipe, build_data, load_recipe, to_yaml, with_sample_counts
 from lbzoo.recipe.schema import Scale
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def _differences(earlier: Any, now: Any, path: str = "") -> list[str]:
 def _recipe_text(resolved: ResolvedRecipe) -> str:
     """The resolved recipe as a file of its own: it can be checked, fitted and validated again."""
     head = f"# The recipe of this run, resolved (scale {resolved.scale}, hash {resolved.hash}).\n"
-    return head + yaml.safe_dump(resolved.document, sort_keys=False, allow_unicode=True)
+    return head + to_yaml(resolved.document)
 
 
 def _weights_path(init_from: str | Path | None) -> Path | None:

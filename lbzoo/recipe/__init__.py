@@ -13,6 +13,7 @@ from lbzoo.recipe.schema import (
     ScheduleSettings,
     TrainerSettings,
 )
+from lbzoo.recipe.writing import to_yaml
 
 __all__ = [
     "CheckpointSettings",
@@ -34,5 +35,6 @@ __all__ = [
     "build_task",
     "load_recipe",
     "optimizer_factory",
+    "to_yaml",
     "with_sample_counts",
 ]

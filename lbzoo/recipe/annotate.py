@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from lbzoo.recipe.arithmetic import lr_arithmetic, steps_arithmetic
@@ -19,6 +18,7 @@ from lbzoo.recipe.nodes import KeyPath, Origin, display_path
 from lbzoo.recipe.resolved import Component, ResolvedRecipe, Stage
 from lbzoo.recipe.resolving import SINGLE_STAGE
 from lbzoo.recipe.tidying import Kind
+from lbzoo.recipe.writing import to_yaml
 from lbzoo.registry import REQUIRED
 
 _DEFAULT = Origin("default")
@@ -143,13 +143,4 @@ class _Writer:
 
 def _flow(value: Any) -> str:
     """A value on one line of YAML."""
-    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...").strip()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return to_yaml(value, one_line=True)

@@ -33,6 +33,16 @@ def test_components(capsys: pytest.CaptureFixture[str], kind: str) -> None:
         assert Path(entry["source"].rpartition(":")[0]).is_file()
 
 
+def test_a_wrapper_is_one_line_unless_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    ls(Kind.optimizers, json=False)
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert "larc_<name>" in names
+    assert "novograd" in names
+    assert "larc_novograd" not in names
+    ls(Kind.optimizers, "larc_*", json=False)
+    assert "larc_novograd" in capsys.readouterr().out
+
+
 def test_nothing_matches(capsys: pytest.CaptureFixture[str]) -> None:
     ls(Kind.optimizers, "zzz*", json=False)
     assert capsys.readouterr().out == "no optimizers match 'zzz*'\n"

@@ -11,6 +11,7 @@ from conftest import Write
 from lbzoo.errors import UsageError
 from lbzoo.recipe import Origin, RecipeError
 from lbzoo.recipe.reading import leading_comment, read_recipe, read_value, scalar
+from lbzoo.recipe.writing import to_yaml
 
 
 @pytest.mark.parametrize(
@@ -155,3 +156,27 @@ def test_leading_comment() -> None:
     text = "# lbzoo fit x.yaml    summary\n#\n#   indented\n\n# another block\nversion: 1\n"
     assert leading_comment(text) == "lbzoo fit x.yaml    summary\n\n  indented"
     assert leading_comment("version: 1\n# no\n") == ""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"a": [1, 2.5, 1e-6, 1e300, True, None], "b": {"c": "text", "d": ""}},
+        {"text that looks like more": ["1e-2", "true", "null", "~", "3", ".inf", "on", "0o17", "1_0", "2024-01-01"]},
+        {"text with marks": ["a: b", "# no", "- x", "'", '"', "\u00e9", "two\nlines", " space ", "*.bias", "{", "@"]},
+        {"endless": [math.inf, -math.inf], "on": "off", "3": 4},
+    ],
+)
+@pytest.mark.parametrize("one_line", [False, True])
+def test_what_is_written_reads_back_as_it_was(write: Write, data: dict[str, object], one_line: bool) -> None:
+    text = to_yaml(data, one_line=one_line)
+    root, problems = read_recipe(write(text))
+    assert not problems
+    assert root.plain() == data
+    assert not one_line or "\n" not in text
+
+
+def test_one_value_on_a_line() -> None:
+    assert [to_yaml(value, one_line=True) for value in (3, "x", None, (0.9, 0.98), "1e5", [])] == [
+        "3", "x", "null", "[0.9, 0.98]", "'1e5'", "[]",
+    ]  # fmt: skip
