@@ -205,6 +205,7 @@ class Registry:
     def _entry_of_wrapped(self, name: str, prefix: str, base_name: str) -> Entry:
         assert self.wrappers is not None
         wrapper, base = self.wrappers.entry(prefix), self.entry(base_name)
+        inherited = {key: value for key, value in base.meta.items() if key != "aliases"}
         return Entry(
             name,
             self.kind,
@@ -212,7 +213,7 @@ class Registry:
             wrapper.qualname,
             wrapper.source,
             f"{wrapper.first_line.rstrip('.')} (around {base_name}).",
-            {**base.meta, **wrapper.meta},
+            {**inherited, **wrapper.meta},
             {**self.options(base_name), **self.wrappers.options(prefix)},
         )
 
