@@ -2,35 +2,31 @@
 
 Lightning runs the loop; what it would do differently from one number of devices to another, or from one start to the
 next, is done here: the sampler is ours (arithmetic, so a resume replays nothing), checkpoints are ours (one format for
-every engine), and its counters are set to the step the run stands at.
+every engine), and its counters are set to the step the run stands at (``trainer_setup.py``).
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
-from torch.optim.lr_scheduler import LambdaLR
 
 from lbzoo import scaling
-from lbzoo.checkpoint import load_checkpoint, load_weights
+from lbzoo.checkpoint import load_weights
 from lbzoo.data.base import DataSource
 from lbzoo.data.loader import train_loader, val_loader
 from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
-from lbzoo.engines.run_callbacks import AtValidation, Best, Checkpointer, MicroBatchSeeds
+from lbzoo.engines.run_callbacks import AtValidation, Best, Checkpointer, MicroBatchSeeds, Restore
 from lbzoo.engines.run_folder import RunFolder, environment
 from lbzoo.engines.signals import StopSignals
+from lbzoo.engines.trainer_setup import QUIET, hardware, quiet_lightning, set_counters, set_threads
 from lbzoo.errors import CheckpointError
 from lbzoo.recipe import (
     Component,
@@ -72,7 +68,7 @@ def train(
     recipe: ResolvedRecipe, sources: Mapping[str, DataSource], world: World, run: RunFolder, start: Start
 ) -> Outcome:
     """Train every stage that is left, each from the weights of the one before. ``sources`` are its data by stage."""
-    _set_threads(recipe, world)
+    set_threads(recipe, world)
     module: Task | None = None
     outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
     first = int(start.state["stage_index"]) if start.state else 0
@@ -93,12 +89,12 @@ def train(
 
 def evaluate(recipe: ResolvedRecipe, source: DataSource, world: World, weights: Path) -> dict[str, float]:
     """The validation metrics of a checkpoint's weights on the data of the recipe's last stage."""
-    _set_threads(recipe, world)
+    set_threads(recipe, world)
     stage = recipe.stages[-1]
     module = _build_module(recipe, stage)
     load_weights(weights, module)
-    with _quiet_lightning():
-        trainer = pl.Trainer(**_hardware(recipe, world), **_QUIET, logger=False)
+    with quiet_lightning():
+        trainer = pl.Trainer(**hardware(recipe, world), **QUIET, logger=False)
         loader = _val_loader(recipe, stage, source, world)
         (metrics,) = trainer.validate(module, loader, verbose=False)
     return {name: float(value) for name, value in metrics.items()}
@@ -145,15 +141,15 @@ class _StageRun:
         checkpointer.metrics = dict(state.get("metrics", {}))
         callbacks = [
             MicroBatchSeeds(recipe.seed),
-            _Restore(self.start, self.step - stage.first_step),
+            Restore(self.start.checkpoint, self.step - stage.first_step),
             *_callbacks(recipe),
             AtValidation(),
             checkpointer,
         ]
-        with _quiet_lightning():
+        with quiet_lightning():
             trainer = pl.Trainer(
-                **_hardware(recipe, self.world),
-                **_QUIET,
+                **hardware(recipe, self.world),
+                **QUIET,
                 logger=self._loggers(),
                 callbacks=callbacks,
                 max_steps=self.last_step,
@@ -166,7 +162,7 @@ class _StageRun:
                 default_root_dir=str(self.run.path),
             )
             trainer.first_step = stage.first_step  # type: ignore[attr-defined]  # for callbacks: see TrainerView
-            _set_counters(trainer, self.step, self.accumulate)
+            set_counters(trainer, self.step, self.accumulate)
             try:
                 trainer.fit(module, self._train_loader(), _val_loader(recipe, stage, self.source, self.world))
             finally:
@@ -228,28 +224,6 @@ class _StageRun:
             self.run.write_status("interrupted", exit_code=128 + signum)
 
 
-class _Restore(pl.Callback):
-    """Loads the checkpoint once model and optimizer stand as they will be trained, and sets the schedule."""
-
-    def __init__(self, start: Start, stage_steps_done: int) -> None:
-        self._start, self._done = start, stage_steps_done
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._start.checkpoint is None:
-            return
-        load_checkpoint(self._start.checkpoint, pl_module, trainer.optimizers[0])
-        for config in trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            assert isinstance(scheduler, LambdaLR)  # Task.configure_optimizers makes no other
-            scheduler.last_epoch, scheduler._step_count = self._done, self._done + 1
-            scheduler._last_lr = [
-                base * multiplier(self._done)
-                for base, multiplier in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-                group["lr"] = lr
-
-
 def _build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
     """The same initial weights on every rank and for every layout: drawn on the CPU from the recipe's seed."""
     torch.manual_seed(recipe.seed)
@@ -280,65 +254,6 @@ def _carry_weights(earlier: Task, later: Task) -> None:
     later.load_state_dict({**own, **carried})
 
 
-def _set_counters(trainer: pl.Trainer, step: int, accumulate: int) -> None:
-    """Make ``trainer.global_step`` and the validation interval count from ``step``.
-
-    These counters are what Lightning restores from a checkpoint of its own.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    steps: Any = loop.automatic_optimization.optim_progress.optimizer.step.total
-    steps.ready = steps.completed = step
-    batches: Any = loop.batch_progress.total
-    batches.ready = batches.started = batches.processed = batches.completed = step * accumulate
-    loop._batches_that_stepped = step
-    # Lightning broadcasts a flag and reads it back from the device before every micro-batch; signals are ours.
-    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-
-
-def _hardware(recipe: ResolvedRecipe, world: World) -> dict[str, Any]:
-    """The Trainer's arguments for devices, strategy and precision."""
-    settings = recipe.trainer
-    strategy: Any = "auto"
-    if world.world_size > 1:
-        strategy = pl.strategies.DDPStrategy(
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # running statistics are averaged when they are needed, not rank 0's taken
-            process_group_backend=None,
-        )
-    return {
-        "accelerator": "gpu" if world.accelerator == "cuda" else "cpu",
-        "devices": world.devices,
-        "num_nodes": world.num_nodes,
-        "strategy": strategy,
-        "precision": settings.precision,
-        "plugins": [_environment(world)],
-    }
-
-
-def _set_threads(recipe: ResolvedRecipe, world: World) -> None:
-    """One thread for the small models of --scale mini and smoke on a CPU, unless OMP_NUM_THREADS says otherwise.
-
-    Their kernels are too short to share, and threads that wait for each other on a busy machine are many times slower.
-    """
-    if world.accelerator == "cpu" and recipe.scale != "paper" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-# What the engine does itself, or says in its own words.
-_QUIET: Mapping[str, Any] = {
-    "use_distributed_sampler": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
-
-
-def _environment(world: World) -> ClusterEnvironment:
-    """``distributed.start`` has set torchrun's variables, under SLURM too."""
-    return TorchElasticEnvironment() if world.launched_by else LightningEnvironment()
-
-
 def _val_loader(
     recipe: ResolvedRecipe, stage: Stage, source: DataSource, world: World
 ) -> torch.utils.data.DataLoader[Any]:
@@ -350,19 +265,3 @@ def _val_loader(
         num_workers=recipe.trainer.num_workers,
         pin_memory=world.accelerator == "cuda",
     )
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Without the remarks that do not apply: the loader's workers, the samplers, the devices are chosen here."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,14 +1,16 @@
-"""What every run needs inside a Lightning Trainer: seeds, validation logs, checkpoints, and stopping by signal."""
+"""What every run needs inside a Lightning Trainer: seeds, restoring, validation, checkpoints, stopping by signal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim.lr_scheduler import LambdaLR
 
-from lbzoo.checkpoint import save_checkpoint
+from lbzoo.checkpoint import load_checkpoint, save_checkpoint
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.engines.running_statistics import average_running_statistics
 from lbzoo.engines.seeding import seed_micro_batch
@@ -25,6 +27,28 @@ class MicroBatchSeeds(Callback):
         of_rank = trainer.accumulate_grad_batches
         micro_batch = trainer.global_rank * of_rank + batch_idx % of_rank
         seed_micro_batch(self._seed, trainer.global_step, micro_batch)
+
+
+class Restore(Callback):
+    """Loads the checkpoint once model and optimizer stand as they will be trained, and sets the schedule."""
+
+    def __init__(self, checkpoint: Path | None, stage_steps_done: int) -> None:
+        self._checkpoint, self._done = checkpoint, stage_steps_done
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._checkpoint is None:
+            return
+        load_checkpoint(self._checkpoint, pl_module, trainer.optimizers[0])
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            assert isinstance(scheduler, LambdaLR)  # Task.configure_optimizers makes no other
+            scheduler.last_epoch, scheduler._step_count = self._done, self._done + 1
+            scheduler._last_lr = [
+                base * multiplier(self._done)
+                for base, multiplier in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = lr
 
 
 class AtValidation(Callback):
