@@ -19,6 +19,7 @@ from lbzoo import registry
 from lbzoo.errors import LbzooError, UsageError, did_you_mean
 from lbzoo.optim import optimizer_options
 from lbzoo.param_groups import COMMON_OPTIONS, SELECTORS
+from lbzoo.recipe.finding import is_file
 from lbzoo.recipe.merging import SHARED_KEYS
 from lbzoo.recipe.nodes import Node, Problem
 from lbzoo.recipe.resolved import Component
@@ -70,12 +71,12 @@ def import_plugin(path: Path) -> None:
 
     Raises UsageError that names the line of the file where it failed.
     """
+    if not is_file(path):
+        raise UsageError(f"no file {path}")
     path = path.resolve()
     module_name = f"lbzoo_plugin_{path.stem}_{abs(hash(str(path))):x}"
     if any(getattr(module, "__file__", None) == str(path) for module in list(sys.modules.values())):
         return
-    if not path.is_file():
-        raise UsageError(f"no file {path}")
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path.name} is not a Python file")

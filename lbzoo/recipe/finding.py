@@ -38,14 +38,16 @@ def list_recipes() -> list[Found]:
 
 
 def find_recipe(ref: str | Path, folder: Path | None = None) -> Path:
-    """The file that ``ref`` names; a relative path is taken from ``folder`` (default: the working directory).
+    """The file that ``ref`` names: a path, with or without its suffix, or a recipe's name.
 
+    A relative path is taken from ``folder`` (default: the working directory).
     Raises UsageError with the nearest names where there is none.
     """
     text = str(ref)
     path = (folder or Path()) / text
-    if path.is_file():
-        return path
+    for candidate in (path, *(Path(f"{path}{suffix}") for suffix in SUFFIXES if path.name)):
+        if is_file(candidate):
+            return candidate
     recipes = list_recipes()
     matches = [recipe for recipe in recipes if recipe.name == text]
     matches = matches or [recipe for recipe in recipes if recipe.path.stem == text]
@@ -53,20 +55,24 @@ def find_recipe(ref: str | Path, folder: Path | None = None) -> Path:
         return matches[0].path
     if matches:
         raise UsageError(f"'{text}' names several recipes: {', '.join(recipe.name for recipe in matches)}")
-    if path.is_dir():
+    if len(text) < 256 and path.is_dir():
         names = [recipe.path.name for recipe in _in_folder(path, text)]
         inside = f"; it holds {', '.join(names[:10])}" if names else ", and there is no recipe in it"
         raise UsageError(f"'{text}' is a folder, not a recipe file{inside}")
     if path.suffix in SUFFIXES or "/" in text or "\\" in text or isinstance(ref, Path):
-        return _with_suffix(path, text)
+        raise _no_such_file(path, text)
     raise UsageError(f"no recipe named '{text}'{did_you_mean(text, [recipe.name for recipe in recipes])}")
 
 
-def _with_suffix(path: Path, text: str) -> Path:
-    """The file whose suffix was left out; raises UsageError with the nearest name where there is none."""
-    for suffix in SUFFIXES:
-        if path.suffix not in SUFFIXES and path.with_name(path.name + suffix).is_file():
-            return path.with_name(path.name + suffix)
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False too for what can be no path at all (too long, a null byte)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _no_such_file(path: Path, text: str) -> UsageError:
     siblings = {display_path(recipe.path): recipe.path.stem for recipe in _in_folder(path.parent, "")}
     near = nearest_name(path.stem, siblings.values())
     if near is not None:
@@ -75,7 +81,7 @@ def _with_suffix(path: Path, text: str) -> Path:
         names = [recipe.name for recipe in list_recipes()]
         near = nearest_name(path.stem, names)
         hint = f"; did you mean the recipe '{near}'?" if near else "; `lbzoo ls` lists the recipes"
-    raise UsageError(f"no recipe file '{text}'{hint}")
+    return UsageError(f"no recipe file '{text}'{hint}")
 
 
 def _in_folder(folder: Path, home: str, pattern: str = "*") -> Iterator[Found]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from lbzoo.errors import did_you_mean
 from lbzoo.recipe.nodes import KeyPath, Node, Origin, Problem, RecipeError
-from lbzoo.recipe.reading import read_value
+from lbzoo.recipe.reading import is_text, read_value
 from lbzoo.recipe.schema import (
     CONSTANT_KEYS,
     LENGTH_KEYS,
@@ -93,6 +93,9 @@ def apply_override(root: Node, text: str) -> tuple[Node, list[Problem]]:
     List items are addressed by index or by name: ``callbacks.0.every=5``, ``callbacks.gsnr.every=5``. Raises
     RecipeError where nothing can be made of the override.
     """
+    if not is_text(text):
+        readable = text.encode("utf-8", "replace").decode()
+        raise RecipeError([Problem(Origin("override", text=readable), "this is not UTF-8 text")])
     address, equals, value = text.partition("=")
     keys = tuple(address.strip().split("."))
     if not equals or not all(keys):

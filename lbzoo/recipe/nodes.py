@@ -11,7 +11,7 @@ from lbzoo.errors import UsageError
 
 Key: TypeAlias = str | int
 KeyPath: TypeAlias = tuple[Key, ...]
-Source: TypeAlias = Literal["recipe", "base", "row", "scale", "override", "default", "facts", "derived"]
+Source: TypeAlias = Literal["recipe", "base", "row", "scale", "override", "default", "facts"]
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        path = dotted(self.origin.path)
-        return f"{self.origin.location}: {path}: {self.message}" if path else f"{self.origin.location}: {self.message}"
+        parts = [self.origin.location, dotted(self.origin.path), self.message]
+        return ": ".join(part for part in parts if part)
 
 
 class RecipeError(UsageError):

@@ -86,6 +86,15 @@ def scalar(text: str) -> Any:
     return text
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written out: an escape, or an argument that is not UTF-8, may hold half a character."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_text(path: Path, file: str) -> str:
     origin = Origin("recipe", (), file)
     try:
@@ -163,6 +172,9 @@ class _Reader:
     def _scalar(self, node: yaml.ScalarNode, origin: Origin) -> Any:
         if node.tag not in (f"{_TAG}str", "!"):
             self.problems.append(Problem(origin, f"the tag {node.tag.replace(_TAG, '!!')} is not supported"))
+        if not is_text(node.value):
+            self.problems.append(Problem(origin, "half of a surrogate pair is no text"))
+            return None
         return scalar(node.value) if node.style is None else node.value
 
     def _origin(self, path: KeyPath, line: int | None) -> Origin:

@@ -24,6 +24,7 @@ trainer: {engine: lightning, devices: 2, precision: bf16-mixed, validate_every: 
 callbacks: [trust_ratio, {name: progress}]
 checkpoint: {every_steps: 5, keep_last: 2}
 logging: {every: 5, loggers: [tensorboard]}
+plugins: []
 table: {id: novograd/3, row: {batch_size: 1024}}
 hardware: {devices: 8, device: V100}
 expect: {val/top1: 0.5}
@@ -34,7 +35,7 @@ mini: {epochs: 1, stages: {two: {steps: 2}}, data: {image_size: 16}}
 """
 STRANGE: list[Any] = [
     None, True, 0, -1, 3, 2.5, 1e300, float("nan"), float("inf"), 10**30, "", "x", "lamb", ":", "a.b:C", "collections:",
-    "\u2603", [], [[]], [None], {}, {"name": None}, {"name": []}, {"name": "lamb", "lr": "x"}, [{"name": 3}], [1, 2, 3],
+    "\u2603", "\0", "x" * 5000, "/", "..", [], [[]], [None], {}, {"name": None}, {"name": []}, {"name": "lamb", "lr": "x"}, [{"name": 3}], [1, 2, 3],
 ]  # fmt: skip
 
 
@@ -98,6 +99,15 @@ def test_broken_documents(write: Write, seed: int) -> None:
         path = write(yaml.safe_dump(document, sort_keys=False))
         refused += any(try_to_load(path, scale, []) is not None for scale in ("paper", "mini", "smoke"))
     assert refused > 20, "most of what was broken is noticed"
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=lambda value: f"{value!r:.20}")
+@pytest.mark.parametrize("key", ["base", "plugins", "stages", "mini", "callbacks", "optimizer", "version"])
+def test_strange_values(write: Write, key: str, strange: Any) -> None:
+    for value in (strange, [strange], {"name": strange}):
+        path = write(yaml.safe_dump({**yaml.safe_load(WHOLE), key: value}, sort_keys=False))
+        for scale in ("paper", "mini"):
+            try_to_load(path, scale, [])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -80,6 +80,12 @@ def test_a_base_by_name_and_relative_to_the_recipe(write: Write) -> None:
     assert by_name.stages == by_path.stages
 
 
+def test_a_base_beside_the_recipe_is_meant_before_one_of_the_same_name(write: Write) -> None:
+    write(BASE.replace("epochs: 3", "epochs: 9"), "recipes/lower.yaml")
+    write(BASE, "zoo/lower.yaml")
+    assert load_recipe(write("version: 1\nbase: lower\n", "zoo/top.yaml")).stages[0].epochs == 3
+
+
 def test_a_list_replaces_a_list(write: Write) -> None:
     write(VALID, "base.yaml")
     path = write("version: 1\nbase: base.yaml\ncallbacks: [progress]\n", "top.yaml")

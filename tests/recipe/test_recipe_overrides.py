@@ -84,6 +84,7 @@ def test_a_stage_keeps_its_own_value(write: Write) -> None:
             "optimizer.bets=1",
             "override 'optimizer.bets=1': optimizer.bets: optimizer 'novograd' has no option 'bets'; did",
         ),
+        ("seed=\udcff", "override 'seed=?': this is not UTF-8 text"),
         ("optimizer.lr", "override 'optimizer.lr': write an override as key.sub=value"),
         ("=1", "override '=1': write an override as key.sub=value"),
         ("optimizer..lr=1", "override 'optimizer..lr=1': write an override as key.sub=value"),

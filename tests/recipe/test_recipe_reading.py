@@ -122,6 +122,7 @@ def test_a_folder_and_no_file(tmp_path: Path) -> None:
         ("a: !mine 3\n", "f.yaml:1: a: the tag !mine is not supported"),
         ("a: 1\n? [1, 2]\n: 3\n", "f.yaml:2: a key is a name, not a list or a mapping"),
         ("x: &x {lr: 1}\na:\n  <<: *x\n", "f.yaml:3: a.<<: merge keys are not supported"),
+        ('a: "\\ud800"\n', "f.yaml:1: a: half of a surrogate pair is no text"),
         ("a: &x [1, *x]\n", "f.yaml:1: a.1: an alias stands inside what it names"),
     ],
 )
