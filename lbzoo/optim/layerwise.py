@@ -112,8 +112,12 @@ class LayerwiseOptimizer(Optimizer):
     def _process(self, batch: Batch) -> Rule:
         batch.load(getattr(self, "grad_scale", None))
         if not self.track_layer_stats:
-            yield from self.rule(batch)
-            batch.store()
+            rule, answer = self.rule(batch), None
+            try:
+                while True:  # and not `yield from`, which torch.compile cannot trace into a rule that yields nothing
+                    answer = yield rule.send(answer)
+            except StopIteration:
+                batch.store()
             return {}
         param_norms, grad_norms = yield sweep(None, [batch.params, batch.grads], norms_of=[0, 1])
         report = yield from self.rule(batch)

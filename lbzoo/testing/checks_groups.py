@@ -22,7 +22,7 @@ def group_options(subject: Subject) -> None:
     """Layer-wise learning rates and "no weight decay for biases" are group options: an optimizer that reads its
     defaults instead trains everything alike.
     """
-    for option, values in {"lr": (0.1, 0.05), "weight_decay": (0.1, 0.3)}.items():
+    for option, values in {"lr": (0.1, 1e-4), "weight_decay": (0.1, 0.3)}.items():
         if not subject.takes(option):
             continue
         pair = [nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in values]
@@ -86,7 +86,7 @@ def lr_as_tensor(subject: Subject) -> None:
     model, expected = Example(), Example()
     rate = torch.tensor(0.1)
     optimizer, plain = subject.build(model, lr=rate), subject.build(expected, lr=0.1)
-    for step, value in enumerate((0.1, 0.025, 0.05)):
+    for step, value in enumerate((0.1, 0.001, 0.01)):
         rate.fill_(value)
         plain.param_groups[0]["lr"] = rate.item()
         for trained, trainer in ((model, optimizer), (expected, plain)):
@@ -104,7 +104,7 @@ def lr_scheduler(subject: Subject) -> None:
     need_lr(subject)
     model, constant = Example(), Example()
     optimizer = subject.build(model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.001**step)
     for step in range(3):
         backward(model, step)
         optimizer.step()

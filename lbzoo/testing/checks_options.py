@@ -70,17 +70,22 @@ def impossible(subject: Subject) -> Iterator[tuple[str, Any]]:
 def options_arrive(subject: Subject) -> None:
     """An option that is accepted and never used is a sweep over nothing."""
     numbers = {
-        name: option.default
-        for name, option in subject.signature.items()
-        if isinstance(option.default, float | int | tuple) and name not in SAME_RULE | {"lr"}
+        name: value
+        for name, value in _values(subject).items()
+        if isinstance(value, float | int | tuple) and name not in SAME_RULE | {"lr"}
     }
     if not numbers:
-        skip("takes no options with a number as default")
-    without_effect = [name for name, default in numbers.items() if not _has_effect(subject, name, default)]
+        skip("takes no options that are numbers")
+    without_effect = [name for name, value in numbers.items() if not _has_effect(subject, name, value)]
     expect(not without_effect, "changes nothing: " + ", ".join(without_effect))
 
 
-def _has_effect(subject: Subject, option: str, default: Any) -> bool:
+def _values(subject: Subject) -> dict[str, Any]:
+    """What the options are where nothing else is said."""
+    return {name: option.default for name, option in subject.signature.items()} | dict(subject.options)
+
+
+def _has_effect(subject: Subject, option: str, usual: Any) -> bool:
     """Whether another value of the option changes a training at all, alone or beside other options.
 
     A value that is refused counts as an effect: the option was read.
@@ -90,7 +95,7 @@ def _has_effect(subject: Subject, option: str, default: Any) -> bool:
             expected = _trained(subject, **base)
         except Exception:
             continue  # these do not go together
-        for value in _other_values(default):
+        for value in _other_values(usual):
             try:
                 changed = _trained(subject, **base, **{option: value})
             except Exception:
@@ -102,24 +107,24 @@ def _has_effect(subject: Subject, option: str, default: Any) -> bool:
 
 def _surroundings(subject: Subject, option: str) -> Iterator[dict[str, Any]]:
     """Other options in which an option may show: Nesterov needs momentum, decoupling a weight decay to decouple."""
-    others = {name: o.default for name, o in subject.signature.items() if name not in SAME_RULE | {option}}
+    others = {name: value for name, value in _values(subject).items() if name not in SAME_RULE | {option}}
     strong = {name: value for name, value in {"weight_decay": 0.1, "momentum": 0.9}.items() if name in others}
     yield {}
     yield strong
     yield {"weight_decay": 0.0} if "weight_decay" in others else {}
-    for name, default in others.items():
-        if isinstance(default, bool):
-            yield strong | {name: not default}
+    for name, usual in others.items():
+        if isinstance(usual, bool):
+            yield strong | {name: not usual}
 
 
-def _other_values(default: Any) -> Iterator[Any]:
-    match default:
+def _other_values(usual: Any) -> Iterator[Any]:
+    match usual:
         case bool():
-            yield not default
+            yield not usual
         case int() | float():
-            yield from (default / 2 if default else 0.1, default * 4 + 0.01)
-        case (float(), *_) if all(isinstance(number, float) for number in default):
-            yield tuple(number / 2 for number in default)
+            yield from (1.0,) if math.isinf(usual) else (usual / 2 if usual else 0.1, usual * 4 + 0.01)
+        case (float(), *_) if all(isinstance(number, float) for number in usual):
+            yield tuple(number / 2 for number in usual)
 
 
 def _trained(subject: Subject, **options: Any) -> dict[str, Tensor]:

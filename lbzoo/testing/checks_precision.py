@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from lbzoo.testing.check import CheckFailure, check, expect
-from lbzoo.testing.example import Example, train, weights
+from lbzoo.testing.example import Example, same, train, weights
 from lbzoo.testing.subject import Subject
 
 LOW = (torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ def low_precision_state_loaded(subject: Subject) -> None:
         for index, key in ((index, key) for index, state in saved.items() for key in state):
             before, after = saved[index][key], found[index][key]
             if isinstance(before, torch.Tensor):
-                kept = before.dtype == after.dtype and torch.equal(before, after)
+                kept = before.dtype == after.dtype and same(before, after)
                 expect(kept, f"loading turns '{key}' of {dtype} parameters from {before.dtype} into {after.dtype}")
 
 

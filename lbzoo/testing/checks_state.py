@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from lbzoo.testing.check import check, expect
-from lbzoo.testing.example import Example, expect_finite, expect_same, train, weights
+from lbzoo.testing.example import Example, expect_finite, expect_same, same, train, weights
 from lbzoo.testing.subject import Subject
 
 
@@ -73,8 +73,8 @@ def state_dict_is_plain_data(subject: Subject) -> None:
     expect(state_layout(saved) == state_layout(loaded), "saving and loading changes the keys or types of the state")
     for index, state in saved["state"].items():
         for key, value in state.items():
-            same = torch.equal(value, loaded["state"][index][key]) if isinstance(value, torch.Tensor) else True
-            expect(same, f"saving and loading changes '{key}'")
+            unchanged = not isinstance(value, torch.Tensor) or same(value, loaded["state"][index][key])
+            expect(unchanged, f"saving and loading changes '{key}'")
 
 
 @check()

@@ -93,10 +93,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree to the last bit; NaN equals NaN."""
+    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def expect_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Fail unless the two agree to the last bit (NaN equals NaN)."""
+    """Fail unless the two agree to the last bit."""
     for name, tensor in expected.items():
-        if not torch.allclose(actual[name], tensor, rtol=0.0, atol=0.0, equal_nan=True):
+        if not same(actual[name], tensor):
             raise CheckFailure(f"{what}: {name} differs by {_distance(actual[name], tensor):.1e}")
 
 

@@ -133,7 +133,7 @@ class Processes:
 
 def _cause(failures: list[JobError]) -> JobError:
     """The failure that the others follow from: not that of a rank whose peer had left."""
-    return next((failure for failure in failures if "Connection closed by peer" not in str(failure)), failures[0])
+    return next((failure for failure in failures if "gloo/transport" not in str(failure)), failures[0])
 
 
 _shared: Processes | None = None
