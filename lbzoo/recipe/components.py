@@ -7,19 +7,14 @@ imported and inspected.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lbzoo import registry
 from lbzoo.errors import LbzooError, UsageError, did_you_mean
 from lbzoo.optim import optimizer_options
 from lbzoo.param_groups import COMMON_OPTIONS, SELECTORS
-from lbzoo.recipe.finding import is_file
 from lbzoo.recipe.merging import SHARED_KEYS
 from lbzoo.recipe.nodes import Node, Problem
 from lbzoo.recipe.resolved import Component
@@ -64,32 +59,6 @@ def component_class(kind: Kind, name: str) -> Any:
         known = [each for each in vars(module) if not each.startswith("_")]
         raise UsageError(f"module '{module_name}' has no '{attribute}'{did_you_mean(attribute, known, limit=10)}")
     return getattr(module, attribute)
-
-
-def import_plugin(path: Path) -> None:
-    """Run a Python file that registers components. A file is run once, however often recipes name it.
-
-    Raises UsageError that names the line of the file where it failed.
-    """
-    if not is_file(path):
-        raise UsageError(f"no file {path}")
-    path = path.resolve()
-    module_name = f"lbzoo_plugin_{path.stem}_{abs(hash(str(path))):x}"
-    if any(getattr(module, "__file__", None) == str(path) for module in list(sys.modules.values())):
-        return
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path.name} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except LbzooError:
-        del sys.modules[module_name]
-        raise
-    except Exception as error:
-        del sys.modules[module_name]
-        raise UsageError(f"{path.name} failed{_line_in(path, error)}: {type(error).__name__}: {error}") from error
 
 
 def leave_out_foreign(kind: Kind, block: Node) -> list[str]:
@@ -230,11 +199,3 @@ def _foreign_options(component: Any) -> dict[str, Option]:
         default = REQUIRED if first.default is first.empty else first.default
         options = {first.name: Option(first.name, Any, default), **options}
     return options
-
-
-def _line_in(path: Path, error: BaseException) -> str:
-    """Where in the file an exception came from: the last of its frames that is in the file."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f" on line {error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return f" on line {lines[-1]}" if lines else ""

@@ -8,8 +8,9 @@ from typing import Any
 
 from lbzoo.errors import UsageError
 from lbzoo.recipe.finding import find_recipe
-from lbzoo.recipe.merging import apply_override, merge, refuse_unknown_stages, stage_node
+from lbzoo.recipe.merging import merge, refuse_unknown_stages, stage_node
 from lbzoo.recipe.nodes import Node, Origin, Problem, RecipeError, from_plain
+from lbzoo.recipe.overrides import apply_override
 from lbzoo.recipe.reading import read_recipe
 from lbzoo.recipe.schema import CONSTANT_KEYS, WARMUP_KEYS, Scale
 from lbzoo.recipe.tidying import tidy
@@ -41,7 +42,7 @@ def merged_layers(
     problems += found
     for text in overrides:
         try:
-            merged, found = _overridden(merged, text)
+            merged, found = apply_override(merged, text)
             problems += found
         except RecipeError as error:
             problems += error.problems
@@ -118,13 +119,3 @@ def _smoke_of(stage: Node) -> dict[str, Any]:
 
 def _gives(schedule: Node | None, keys: tuple[str, ...]) -> bool:
     return schedule is not None and any((node := schedule.get(key)) is not None and node.value for key in keys)
-
-
-def _overridden(merged: Node, text: str) -> tuple[Node, list[Problem]]:
-    block = text.partition("=")[0].strip().partition(".")[0]
-    at = Origin("override", text=text)
-    if block == "mini":
-        raise RecipeError([Problem(at, "overrides are applied after the mini: block; leave 'mini.' out")])
-    if block == "base":
-        raise RecipeError([Problem(at, "the base is the recipe's own; copy the recipe (`lbzoo cp`) to change it")])
-    return apply_override(merged, text)

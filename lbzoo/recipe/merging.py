@@ -3,7 +3,7 @@
 Mappings merge key by key, anything else replaces what was below it. Three things are special:
 
 - Where a layer changes a component's name, options from below stay in the tree, marked with the name they were written
-  for; once all layers are in, those that the new component does not take are left out (``components.leave_out``).
+  for; once all layers are in, those that the new component lacks are left out (``components.leave_out_foreign``).
 - Of keys that exclude each other (steps and epochs, the three ways to give a warmup) the layer's own choice wins.
 - A list of stages says which stages run, each over the stage of that name below; a mapping changes those there are.
 
@@ -13,8 +13,7 @@ Layers are tidied first (``tidying.py``).
 from __future__ import annotations
 
 from lbzoo.errors import did_you_mean
-from lbzoo.recipe.nodes import KeyPath, Node, Origin, Problem, RecipeError
-from lbzoo.recipe.reading import is_text, read_value
+from lbzoo.recipe.nodes import Node, Problem
 from lbzoo.recipe.schema import (
     CONSTANT_KEYS,
     LENGTH_KEYS,
@@ -23,7 +22,7 @@ from lbzoo.recipe.schema import (
     OptimizerSettings,
     ScheduleSettings,
 )
-from lbzoo.recipe.tidying import COMPONENTS, StageList, tidy
+from lbzoo.recipe.tidying import COMPONENTS, StageList
 
 STAGE_KEYS = (*COMPONENTS, "lr_scaling", *LENGTH_KEYS)
 # Keys of a component's block that belong to the recipe and not to the component.
@@ -87,27 +86,6 @@ def refuse_unknown_stages(root: Node, layer: Node) -> list[Problem]:
     ]
 
 
-def apply_override(root: Node, text: str) -> tuple[Node, list[Problem]]:
-    """``key.sub=value`` over a merged recipe: the result, and the mistakes in names that it was possible to mend.
-
-    List items are addressed by index or by name: ``callbacks.0.every=5``, ``callbacks.gsnr.every=5``. Raises
-    RecipeError where nothing can be made of the override.
-    """
-    if not is_text(text):
-        readable = text.encode("utf-8", "replace").decode()
-        raise RecipeError([Problem(Origin("override", text=readable), "this is not UTF-8 text")])
-    address, equals, value = text.partition("=")
-    keys = tuple(address.strip().split("."))
-    if not equals or not all(keys):
-        message = "write an override as key.sub=value, without spaces around '='"
-        raise RecipeError([Problem(Origin("override", text=text), message)])
-    origin = Origin("override", keys, text=text)
-    layer = _overlay(root, keys, (), read_value(value.strip(), origin), text)
-    problems = tidy(layer)
-    problems += refuse_unknown_stages(root, layer)
-    return merge(root, layer), problems
-
-
 def _marked(low: Node, high: Node, key: str | None) -> dict[str, Node]:
     """The items of ``low``; options are marked with its name where ``high`` names another component."""
     name, new = low.get("name"), high.get("name")
@@ -134,41 +112,3 @@ def _merge_stages(low: Node, high: Node) -> Node:
     for name, stage in high.value.items():
         stages[name] = merge(low.value[name], stage) if name in low.value else stage.copy()
     return Node(stages, high.origin)
-
-
-# --- overrides --------------------------------------------------------------------------------------------------------
-
-
-def _overlay(existing: Node | None, keys: tuple[str, ...], done: KeyPath, value: Node, text: str) -> Node:
-    """The layer that puts ``value`` at ``keys`` below ``existing``; a list on the way is copied and changed."""
-    if not keys:
-        return value
-    key, rest = keys[0], keys[1:]
-    here = Origin("override", done, text=text)
-    if existing is None or existing.value is None:
-        return Node({key: _overlay(None, rest, (*done, key), value, text)}, here)
-    if existing.is_list:
-        items = existing.copy().value
-        index = _index(items, key, here)
-        layer = _overlay(items[index], rest, (*done, index), value, text)
-        items[index] = merge(items[index], layer, "callback" if done == ("callbacks",) else "item")
-        return Node(items, here)
-    if not existing.is_mapping:
-        message = f"is {existing.value!r}, which has no keys; '{key}' cannot be set in it"
-        raise RecipeError([Problem(here, message)])
-    if done == ("stages",) and key not in existing.value and key.isdigit() and int(key) < len(existing.value):
-        key = list(existing.value)[int(key)]
-    return Node({key: _overlay(existing.get(key), rest, (*done, key), value, text)}, here)
-
-
-def _index(items: list[Node], key: str, origin: Origin) -> int:
-    """The position of the item with that index or name."""
-    names = [str(name.value) if (name := item.get("name")) is not None else "" for item in items]
-    if key in names:
-        return names.index(key)
-    number = key.removeprefix("-").isdigit()
-    if number and -len(items) <= int(key) < len(items):
-        return int(key) % len(items)
-    held = ", ".join(f"{index}" + (f" ({name})" if name else "") for index, name in enumerate(names)) or "nothing"
-    hint = "" if number else did_you_mean(key, [name for name in names if name])
-    raise RecipeError([Problem(origin, f"has no item '{key}'{hint if '?' in hint else f'; it holds {held}'}")])

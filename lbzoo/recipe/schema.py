@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from lbzoo.errors import did_you_mean
 
@@ -23,6 +23,7 @@ WARMUP_KEYS = ("warmup_steps", "warmup_epochs", "warmup_ratio")
 CONSTANT_KEYS = ("constant_steps", "constant_epochs", "constant_ratio")
 LOGGER_NAMES = ("tensorboard", "csv", "wandb", "mlflow", "comet", "neptune")
 
+Epochs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -81,13 +82,13 @@ class ScheduleSettings(ComponentSettings):
     """The shape of the decay."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps of linear warmup from 0."""
-    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Epochs of linear warmup, rounded to the nearest step. `lr_scaling` scales them with the batch."""
     warmup_ratio: Ratio | None = None
     """Warmup as a fraction of the stage's steps, rounded to the nearest step."""
     constant_steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps at the peak, between warmup and decay."""
-    constant_epochs: Annotated[float, Field(ge=0)] | None = None
+    constant_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Epochs at the peak."""
     constant_ratio: Ratio | None = None
     """The time at the peak as a fraction of the stage's steps."""
@@ -116,7 +117,7 @@ class Interval(Settings):
 
     steps: PositiveInt | None = None
     """Optimizer steps."""
-    epochs: PositiveFloat | None = None
+    epochs: Epochs | None = None
     """Passes over the training data."""
 
     @model_validator(mode="after")
@@ -142,7 +143,7 @@ class TrainerSettings(Settings):
     """Machines, each with `devices` devices."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
     """Bits of the weights (`true`) or of the arithmetic alone (`mixed`)."""
-    gradient_clip_norm: PositiveFloat | None = None
+    gradient_clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Global gradient norm above which gradients are scaled down; none by default."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Data-loading processes of each device."""
@@ -188,7 +189,7 @@ class StageSettings(Settings):
     """Addresses the stage: `stages.seq128.optimizer.lr=0.01`."""
     steps: PositiveInt | None = None
     """Optimizer steps of the stage."""
-    epochs: PositiveFloat | None = None
+    epochs: Epochs | None = None
     """Passes over the training data; the steps are rounded up."""
     task: ComponentSettings
     """Model, loss and metrics."""
@@ -243,7 +244,7 @@ class Recipe(Settings):
     """How learning rate and warmup follow the batch size; not at all by default."""
     steps: PositiveInt | None = None
     """Optimizer steps of the run."""
-    epochs: PositiveFloat | None = None
+    epochs: Epochs | None = None
     """Passes over the training data; the steps are rounded up."""
     stages: list[StageSettings] | None = None
     """Stages in order; each is the top level, changed by what it says itself. Without it the run is one stage."""

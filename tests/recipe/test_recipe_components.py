@@ -98,6 +98,13 @@ def test_plugins_are_relative_to_the_recipe_and_to_the_base(write: Write, monkey
     assert resolved.document["plugins"] == [str(path) for path in resolved.plugins], "the run folder is elsewhere"
 
 
+def test_a_plugin_may_import_its_neighbours(write: Write) -> None:
+    write("WIDTH = 9", "their/neighbour_of_near.py")
+    text = "from neighbour_of_near import WIDTH\n" + PLUGIN.replace("*, width: int", "*, width: int = WIDTH")
+    path = write(plugin(write, "near", "their/", text).replace(", width: 5", ""), "their/near.yaml")
+    assert build_task(load_recipe(path).stages[0]).given[0] == 9  # type: ignore[attr-defined]
+
+
 def test_a_plugin_may_be_loaded_twice_and_edited_names_stay(write: Write) -> None:
     path = write(plugin(write, "twice"))
     assert load_recipe(path).hash == load_recipe(path).hash

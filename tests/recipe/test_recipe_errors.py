@@ -106,6 +106,7 @@ ONE_MISTAKE = [
     # types and ranges
     ("epochs: 3", "epochs: '3'", "valid.yaml:10: epochs: expected a number, got '3'; write 3, without quotes"),
     ("epochs: 3", "epochs: 0", "valid.yaml:10: epochs: expected a number greater than 0, got 0"),
+    ("epochs: 3", "epochs: .inf", "valid.yaml:10: epochs: expected a finite number, got inf"),
     ("epochs: 3", "epochs: true", "valid.yaml:10: epochs: expected a number, got true"),
     ("epochs: 3", "steps: 2.0", "valid.yaml:10: steps: expected a whole number, got 2.0; write 2"),
     ("256", "'32,768'", "valid.yaml:4: data.global_batch_size: expected a whole number, got '32,768'; write 32768"),

@@ -34,8 +34,9 @@ stages:
 mini: {epochs: 1, stages: {two: {steps: 2}}, data: {image_size: 16}}
 """
 STRANGE: list[Any] = [
-    None, True, 0, -1, 3, 2.5, 1e300, float("nan"), float("inf"), 10**30, "", "x", "lamb", ":", "a.b:C", "collections:",
-    "\u2603", "\0", "x" * 5000, "/", "..", [], [[]], [None], {}, {"name": None}, {"name": []}, {"name": "lamb", "lr": "x"}, [{"name": 3}], [1, 2, 3],
+    None, True, 0, -1, 3, 2.5, 1e300, float("nan"), float("inf"), 10**30,
+    "", "x", "lamb", ":", "a.b:C", "collections:", "\u2603", "\0", "x" * 5000, "/", "..",
+    [], [[]], [None], {}, {"name": None}, {"name": []}, {"name": "lamb", "lr": "x"}, [{"name": 3}], [1, 2, 3],
 ]  # fmt: skip
 
 

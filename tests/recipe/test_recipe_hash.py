@@ -67,7 +67,7 @@ def test_moving_the_data_does_not_change_the_training(write: Write) -> None:
 
 def test_is_stable() -> None:
     """A run of an earlier version can be resumed: change the hash only with a reason."""
-    from lbzoo.recipe.resolving import _training_hash
+    from lbzoo.recipe.hashing import training_hash
     from lbzoo.recipe.schema import TrainerSettings
 
-    assert _training_hash(42, [], TrainerSettings()) == "f4a7193228c878ca"
+    assert training_hash(42, [], TrainerSettings()) == "f4a7193228c878ca"

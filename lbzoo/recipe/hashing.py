@@ -1,0 +1,40 @@
+"""The hash of what a recipe trains: a run is resumed only by the recipe that began it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lbzoo.recipe.resolved import Stage
+from lbzoo.recipe.schema import TrainerSettings
+
+# Options that say where data lies do not change what is trained on it.
+_LOCATIONS = ("root", "path", "folder")
+
+
+def training_hash(seed: int, stages: Sequence[Stage], trainer: TrainerSettings) -> str:
+    """Of everything that changes the training; devices, engine, logging, checkpoints and callbacks do not."""
+    facts = {
+        "seed": seed,
+        "precision": trainer.precision,
+        "gradient_clip_norm": trainer.gradient_clip_norm,
+        "stages": [_training_facts(stage) for stage in stages],
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _training_facts(stage: Stage) -> dict[str, Any]:
+    data = {option: value for option, value in stage.data.options.items() if option not in _LOCATIONS}
+    return {
+        "task": [stage.task.name, stage.task.options],
+        "data": [stage.data.name, data],
+        "optimizer": [stage.optimizer.name, stage.optimizer.options, stage.param_rules],
+        "schedule": stage.schedule.model_dump(exclude_none=True),
+        "global_batch_size": stage.global_batch_size,
+        "micro_batch_size": stage.micro_batch_size,
+        "steps": stage.steps,
+        "num_train": stage.num_train,
+    }
