@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lbzoo.engines import fit as fit
     from lbzoo.errors import LbzooError as LbzooError
     from lbzoo.errors import UsageError as UsageError
+    from lbzoo.gsnr import GradientStats as GradientStats
     from lbzoo.optim import LayerStats as LayerStats
     from lbzoo.optim import OptimizerInfo as OptimizerInfo
     from lbzoo.optim import create_optimizer as create_optimizer
@@ -30,6 +31,7 @@ _HOME = {
     "fit": "lbzoo.engines",
     "LbzooError": "lbzoo.errors",
     "UsageError": "lbzoo.errors",
+    "GradientStats": "lbzoo.gsnr",
     "LayerStats": "lbzoo.optim",
     "OptimizerInfo": "lbzoo.optim",
     "create_optimizer": "lbzoo.optim",

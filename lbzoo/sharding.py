@@ -62,6 +62,44 @@ def shard_groups(tensor: Tensor) -> ShardGroups:
     )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is laid out over a mesh of ranks, if only of one."""
+    return isinstance(tensor, DTensor)
+
+
+def data_parallel_ranks(parameters: Iterable[Tensor]) -> int:
+    """The ranks that see different samples: all of the mesh on which FSDP2 or HSDP shards ``parameters``.
+
+    Raises UsageError where the parameters lie on meshes of different sizes, or are split by tensor parallelism as well.
+    """
+    sizes = set()
+    for parameter in parameters:
+        assert isinstance(parameter, DTensor)
+        if sum(not placement.is_replicate() for placement in parameter.placements) > 1:
+            raise UsageError("a parameter is sharded along several mesh dimensions: tensor parallelism beside FSDP2")
+        sizes.add(parameter.device_mesh.size())
+    if len(sizes) > 1:
+        raise UsageError(f"the parameters lie on meshes of different sizes ({sorted(sizes)})")
+    return sizes.pop() if sizes else 1
+
+
+def shard_ranks(parameter: Tensor) -> int:
+    """How many ranks one copy of ``parameter`` is split over."""
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return next((mesh.size(i) for i, placement in enumerate(placements) if not placement.is_replicate()), 1)
+
+
+def padded_shard_numel(parameter: Tensor) -> int:
+    """Elements that FSDP2 sets aside for each rank's part of ``parameter``: the first dimension rounded up."""
+    if parameter.numel() == 0:
+        return 0
+    assert isinstance(parameter, DTensor)
+    dimension = next((int(p.dim) for p in parameter.placements if p.is_shard()), 0)  # type: ignore[attr-defined]  # Shard's
+    size = parameter.shape[dimension]
+    return -(-size // shard_ranks(parameter)) * (parameter.numel() // size)
+
+
 def reduce_over_shards(values: Tensor, groups: ShardGroups, op: str = "sum") -> Tensor:
     """Reduce ``values`` in place over ``groups``: one all_reduce each. ``op`` is "sum" or "max"."""
     for group in groups:
