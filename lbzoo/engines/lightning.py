@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lbzoo import scaling
 from lbzoo.checkpoint import load_weights
@@ -27,7 +28,7 @@ from lbzoo.engines.run_callbacks import AtValidation, Best, Checkpointer, MicroB
 from lbzoo.engines.run_folder import RunFolder, environment
 from lbzoo.engines.signals import StopSignals
 from lbzoo.engines.trainer_setup import QUIET, hardware, quiet_lightning, set_counters, set_threads
-from lbzoo.errors import CheckpointError
+from lbzoo.errors import CheckpointError, UsageError
 from lbzoo.recipe import (
     Component,
     ResolvedRecipe,
@@ -165,6 +166,13 @@ class _StageRun:
             set_counters(trainer, self.step, self.accumulate)
             try:
                 trainer.fit(module, self._train_loader(), _val_loader(recipe, stage, self.source, self.world))
+            except MisconfigurationException as error:
+                if "closure" not in str(error):
+                    raise
+                raise UsageError(
+                    f"optimizer '{stage.optimizer.name}' did not run the closure that its step() was given, and in it "
+                    "the forward and backward pass; see `lbzoo optim check`"
+                ) from error
             finally:
                 signals.restore()
         return Outcome(trainer.global_step, checkpointer.metrics, checkpointer.best)
