@@ -25,11 +25,11 @@ def group_options(subject: Subject) -> None:
     for option, values in {"lr": (0.1, 1e-4), "weight_decay": (0.1, 0.3)}.items():
         if not subject.takes(option):
             continue
-        pair = [nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in values]
+        pair = [nn.Parameter(torch.tensor([[1.0, -2.0, 3.0]])) for _ in values]
         optimizer = subject.build([{"params": [p], option: v} for p, v in zip(pair, values, strict=True)])
         for _ in range(2):
             for parameter in pair:
-                parameter.grad = torch.tensor([0.3, 0.2, -0.1])
+                parameter.grad = torch.tensor([[0.3, 0.2, -0.1]])
             optimizer.step()
         expect(not torch.equal(*pair), f"groups with {option}={values[0]} and {option}={values[1]} were trained alike")
 

@@ -72,10 +72,10 @@ def options_arrive(subject: Subject) -> None:
     numbers = {
         name: value
         for name, value in _values(subject).items()
-        if isinstance(value, float | int | tuple) and name not in SAME_RULE | {"lr"}
+        if name not in SAME_RULE | {"lr"} and any(True for _ in _other_values(value))
     }
     if not numbers:
-        skip("takes no options that are numbers")
+        skip("takes no options that are numbers or switches")
     without_effect = [name for name, value in numbers.items() if not _has_effect(subject, name, value)]
     expect(not without_effect, "changes nothing: " + ", ".join(without_effect))
 

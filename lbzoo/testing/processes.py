@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
@@ -168,8 +169,12 @@ def serve(descriptor: int) -> None:
 
 
 def _gist(error: BaseException) -> str:
-    """The message; of one that quotes a traceback, as torch's CheckpointException does, its last line."""
+    """The message; of one that quotes a traceback, as torch's CheckpointException does, its last line; without any
+    message the place."""
     text = str(error).strip()
+    if not text and error.__traceback__ is not None:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{place.line} ({Path(place.filename).name}:{place.lineno})"
     return text.splitlines()[-1].strip() if "Traceback" in text else text
 
 

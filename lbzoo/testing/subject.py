@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lbzoo.errors import UsageError, did_you_mean
-from lbzoo.recipe.components import import_plugin
 from lbzoo.registry import Option, optimizers, options_of
 
 Factory = Callable[..., Optimizer]
@@ -81,8 +80,9 @@ def _registry_name(reference: str) -> str:
         raise UsageError(f"'{reference}' names a file: add the optimizer in it, as in {reference}:Mine")
     if not (colon and file.endswith(".py")):
         return reference
-    path = Path(file).resolve()
-    import_plugin(path)
+    from lbzoo.recipe.plugins import import_plugin
+
+    path = import_plugin(Path(file))
     module = next(module for module in sys.modules.values() if getattr(module, "__file__", None) == str(path))
     if hasattr(module, name):
         return f"{module.__name__}:{name}"
