@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -70,6 +71,13 @@ def gradient_direction(
     weight_decay: float,
 ) -> None:
     """Set ``directions`` to grads / (sqrt(v_hat) + eps) + weight_decay * params, v as it is. An elementwise kernel."""
+    if grads[0].dtype == torch.float32 and fused_kernels.can_fuse(params, grads, exp_avg_sqs, directions):
+        for param, grad, exp_avg_sq, direction, step in zip(params, grads, exp_avg_sqs, directions, steps, strict=True):
+            torch.mul(param, weight_decay, out=direction)
+            # v_hat = v / root^2, so that grad / (sqrt(v_hat) + eps) = root * grad / (sqrt(v) + root * eps)
+            root = math.sqrt(1 - betas[1] ** step)
+            fused_kernels.add_quotient_([direction], [grad], [exp_avg_sq], lr=-root, eps=root * eps)
+        return
     denominators = _corrected(list(exp_avg_sqs), grads, betas[1], steps, True, look_ahead=False)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, eps)

@@ -99,7 +99,7 @@ class Batch:
     def next_steps(self) -> list[Any]:
         """Count this step for every tensor; the numbers, from 1 (tensors under torch.compile)."""
         counts = self.state("step")
-        torch._foreach_add_(counts, 1.0)
+        torch._foreach_add_(counts, torch.ones((), device="cpu"))  # a number would become a tensor once for each
         if torch.compiler.is_compiling():
             return [count.double() for count in counts]  # 1 - beta^t cancels
         return [count.item() for count in counts]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 20  # elements
+SMALL = 1 << 15  # elements up to which torch's operations use one thread
 
 # One entry a parameter: tensors of the parameters' shapes, or numbers.
 Column: TypeAlias = Sequence[Any]
@@ -62,8 +63,8 @@ def sweep(kernel: Kernel | None, columns: Sequence[Column], norms_of: Sequence[i
         if kernel is not None:
             kernel(*piece)
         for row, index in zip(totals, norms_of, strict=True):
-            for position, tensor in enumerate(piece[index], start):
-                row[position] = _combine(row[position], _host_part(tensor, order), order)
+            for position, part in enumerate(_host_parts(piece[index], order), start):
+                row[position] = _combine(row[position], part, order)
     return Norms(torch.tensor(totals, dtype=torch.float64), order)
 
 
@@ -167,12 +168,19 @@ def _parts(tensors: Sequence[Tensor], order: float) -> Tensor:
     return stacked.square() if order == 2.0 else stacked
 
 
-def _host_part(tensor: Tensor, order: float) -> float:
-    # torch.dot uses all threads, vector_norm one. Over pieces summed in double it is good to 1e-6 for any size.
-    if order == 2.0:
-        flat = tensor.reshape(-1)
-        return torch.dot(flat, flat).item()
-    return torch.linalg.vector_norm(tensor, order).item() if tensor.numel() else 0.0
+def _host_parts(tensors: Sequence[Tensor], order: float) -> list[float]:
+    """As :func:`_parts`, read at once. torch.dot uses all threads where norms use one, and is called once a tensor."""
+    if order != 2.0:
+        return _parts(tensors, order).tolist()
+    large = [tensor.numel() > SMALL for tensor in tensors]
+    parts = [
+        torch.dot(flat, flat).item() for flat in (t.reshape(-1) for t, big in zip(tensors, large, strict=True) if big)
+    ]
+    if len(parts) == len(tensors):
+        return parts
+    rest = iter(_parts([tensor for tensor, big in zip(tensors, large, strict=True) if not big], order).tolist())
+    dots = iter(parts)
+    return [next(dots) if big else next(rest) for big in large]
 
 
 def _combine(total: float, part: float, order: float) -> float:

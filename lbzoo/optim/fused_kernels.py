@@ -8,6 +8,7 @@ strides differ, hence :func:`can_fuse`. Their ``grad_scale`` argument, which ove
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,6 +65,15 @@ def adam_(
     )
 
 
+def add_quotient_(params: Tensors, numerators: Tensors, exp_avg_sqs: Tensors, *, lr: float, eps: float) -> None:
+    """params -= lr * numerators / (sqrt(exp_avg_sqs) + eps), in float32; the other two stay as they are.
+
+    It is Adam's step with averages that are too slow to move by a float32.
+    """
+    beta = 1 - 2.0**-53
+    adam_(params, numerators, numerators, exp_avg_sqs, [math.inf] * len(params), lr=lr, betas=(beta, beta), eps=eps)
+
+
 def momentum_(
     params: Tensors, grads: Tensors, buffers: Tensors, *, lr: float, momentum: float, scale: float, weight_decay: float
 ) -> None:
@@ -91,7 +101,7 @@ def scale_is_exact(scale: float) -> bool:
 def fused_kernels_work(device_type: str) -> bool:
     """Whether this torch has the kernels and they compute what is expected of them (a check of about a millisecond)."""
     try:
-        return _adam_works(device_type) and _momentum_works(device_type)
+        return _adam_works(device_type) and _quotient_works(device_type) and _momentum_works(device_type)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         return False
 
@@ -103,6 +113,14 @@ def _adam_works(device: str) -> bool:
     expected = (x + 0.5 * (direction + 0.1 * x), g.clone(), m_new, v_new)
     adam_([x], [g], [m], [v], [3.0], lr=-0.5, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.1)
     return _all_close((x, g, m, v), expected)
+
+
+def _quotient_works(device: str) -> bool:
+    x, g, v = _lines(device, (-2, 2), (1, -3), (0.01, 0.5))
+    unchanged = (g.clone(), v.clone())
+    expected = x - 0.5 * g / (v.sqrt() + 1e-3)
+    add_quotient_([x], [g], [v], lr=0.5, eps=1e-3)
+    return _all_close((x,), (expected,)) and torch.equal(g, unchanged[0]) and torch.equal(v, unchanged[1])
 
 
 def _momentum_works(device: str) -> bool:

@@ -37,6 +37,6 @@ class Larc(OptimizerWrapper):
         weight_decay = batch.group.get("weight_decay", 0.0)
         rates = local_rates(param_norms, grad_norms, batch.group["trust_coefficient"], weight_decay)
         undefined = (param_norms == 0) | (grad_norms == 0)
-        scales = torch.where(undefined, torch.ones_like(rates), (rates / batch.lr).clamp(max=1.0))
+        scales = torch.where(undefined, 1.0, (rates / batch.lr).clamp(max=1.0))
         batch.grads = list(torch._foreach_mul(batch.grads, as_column(scales, batch.grads)))
         return {"trust_ratio": scales, "larc_scale": scales}

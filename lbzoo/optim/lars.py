@@ -72,7 +72,7 @@ def local_rates(
 ) -> Tensor:
     """trust_coefficient |x| / (|g| + weight_decay |x|), and 1 where either norm is 0."""
     rates = trust_coefficient * param_norms / (grad_norms + weight_decay * param_norms)
-    return torch.where((param_norms == 0) | (grad_norms == 0), torch.ones_like(rates), rates)
+    return torch.where((param_norms == 0) | (grad_norms == 0), 1.0, rates)
 
 
 @register_optimizer(

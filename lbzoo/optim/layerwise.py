@@ -30,12 +30,12 @@ def trust_ratio(
     if weight_norm_range is not None:
         param_norms = param_norms.clamp(*weight_norm_range)
     undefined = (param_norms == 0) | (update_norms == 0)
-    return torch.where(undefined, torch.ones_like(param_norms), param_norms / update_norms)
+    return torch.where(undefined, 1.0, param_norms / update_norms)
 
 
 def inverse_norms(norms: Tensor, eps: float = 0.0) -> Tensor:
     """1 / (norm + eps), and 0 where the norm is 0: a tensor scaled by it stays zero instead of becoming NaN."""
-    return torch.where(norms == 0, torch.zeros_like(norms), 1 / (norms + eps))
+    return torch.where(norms == 0, 0.0, 1 / (norms + eps))
 
 
 def norms_of_change(before: list[Tensor], after: Sequence[Tensor]) -> Generator[Norms, Any, Tensor]:
@@ -125,7 +125,7 @@ class LayerwiseOptimizer(Optimizer):
         if "direction_norm" in report:
             report["trust_ratio"] = trust_ratio(param_norms, report.pop("direction_norm"))
         step_norms = report.pop("step_norm")
-        report["update_ratio"] = torch.where(param_norms == 0, torch.zeros_like(step_norms), step_norms / param_norms)
+        report["update_ratio"] = torch.where(param_norms == 0, 0.0, step_norms / param_norms)
         return {**report, "param_norm": param_norms, "grad_norm": grad_norms}
 
     def _batches(self) -> list[Batch]:

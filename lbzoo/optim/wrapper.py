@@ -122,9 +122,7 @@ class OptimizerWrapper(Optimizer):
         moved = collect_reports(run_batches(self._batches(), change), self.param_groups)
         ratios = moved.values["step_norm"] / own.values["param_norm"]
         still = own.values["param_norm"] == 0
-        return LayerStats(
-            own.names, {**own.values, "update_ratio": torch.where(still, torch.zeros_like(ratios), ratios)}
-        )
+        return LayerStats(own.names, {**own.values, "update_ratio": torch.where(still, 0.0, ratios)})
 
     def _copies(self) -> dict[Tensor, Tensor]:
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]

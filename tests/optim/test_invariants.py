@@ -233,7 +233,7 @@ def test_bytes_of_state_are_those_the_papers_claim(name):
     assert 4 * expected * elements <= held <= 4 * expected * elements + 8 * len(params)
 
 
-@pytest.mark.parametrize("name", [*OWN_STATE, "larc_adamw"])
+@pytest.mark.parametrize("name", OWN_STATE)
 def test_a_compiled_step_equals_the_eager_one(name):
     eager, compiled = make_params(), make_params()
     optimizers = [create_optimizer(params, name, lr=torch.tensor(0.1)) for params in (eager, compiled)]
