@@ -108,7 +108,7 @@ class GradientStats:
     @property
     def num_gradients(self) -> int:
         """k: the gradients in the window so far, over all ranks."""
-        return self._backend.ranks * max((sums.groups for sums in self._live()), default=0)
+        return self._backend.ranks * max((sums.gradients for sums in self._live()), default=0)
 
     @property
     def samples(self) -> int:

@@ -39,9 +39,7 @@ class FSDPBackend:
         for module in modules:
             ranks = {shard_ranks(parameter) for parameter in module.parameters() if is_sharded(parameter)}
             if 1 in ranks and self.ranks > 1:
-                raise UsageError(
-                    "GradientStats: the parameters are replicated, not sharded: use DDP instead"
-                )
+                raise UsageError("GradientStats: the parameters are replicated, not sharded: use DDP instead")
             if ranks:
                 module.set_custom_reduce_scatter(_Reduction(self, ranks.pop()))
         self._handles = [watch(sums, pool_size) for sums in self._whole]

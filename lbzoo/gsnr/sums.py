@@ -75,6 +75,11 @@ class GradientSums:
         self.norm = norm_of(local_gradient(self.parameter))
 
     @property
+    def gradients(self) -> int:
+        """In the window, that of an incomplete pool among them."""
+        return self.groups + (self.in_pool > 0)
+
+    @property
     def is_live(self) -> bool:
         """Whether the parameter has a gradient that these sums describe."""
         return self.parameter.grad is not None and self.norm is not None
