@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import lbzoo
 from lbzoo.gsnr import GradientStats
 
 Result = dict[str, Any]
@@ -64,6 +65,15 @@ def backward_passes(
         yield
 
 
+def average_whole_gradients(layout: str, model: nn.Module) -> None:
+    """What a loop has to do for parameters that fully_shard was told to ignore."""
+    if layout == "mixed":
+        for parameter in model.parameters():
+            if not isinstance(parameter, DTensor):
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(dist.get_world_size())
+
+
 def collect(
     layout: str,
     name: str = "net",
@@ -79,14 +89,11 @@ def collect(
     warnings.simplefilter("ignore")
     model = wrap(layout, make_model(name), precision)
     stats = GradientStats(model, **(options or {}))
-    kept_whole = [p for p in model.parameters() if not isinstance(p, DTensor)] if layout == "mixed" else []
     for _ in range(windows):
         model.zero_grad()
         for _ in backward_passes(layout, model, micro_batches, used or micro_batches, no_sync=no_sync):
             pass
-        for parameter in kept_whole:
-            dist.all_reduce(parameter.grad)
-            parameter.grad.div_(dist.get_world_size())
+        average_whole_gradients(layout, model)
         if clip is not None:
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -199,3 +206,46 @@ def attach_again(layout: str) -> tuple[bool, bool]:
     pairs = zip(model.parameters(), bare.parameters(), strict=True)
     same = all(torch.allclose(whole(a.grad), whole(b.grad), rtol=1e-6) for a, b in pairs)
     return same, all(torch.equal(variances[0][name], variances[1][name]) for name in variances[0])
+
+
+def train_vr(layout: str, base: str, micro_batches: int, steps: int, options: Result) -> Result:
+    """Weights after some steps of ``vr_<base>``, and the collectives of the last ``step()``."""
+    warnings.simplefilter("ignore")
+    model = wrap(layout, make_model())
+    optimizer = lbzoo.create_optimizer(model, f"vr_{base}", **options)
+    optimizer.attach_stats(GradientStats(model))
+    sent: dict[str, list[int]] = {}
+    for _ in range(steps):
+        for _ in backward_passes(layout, model, micro_batches, micro_batches):
+            pass
+        average_whole_gradients(layout, model)
+        sent.clear()
+        with _recorded(sent):
+            optimizer.step()
+        optimizer.zero_grad()
+    named = {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
+    return {"weights": named, "collectives": sum(map(len, sent.values()))}
+
+
+def resume_vr(folder: str, save: bool, steps: int) -> Result:
+    """Save after some steps under FSDP2, or load and go on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    warnings.simplefilter("ignore")
+    model = wrap("fsdp", make_model())
+    optimizer = lbzoo.create_optimizer(model, "vr_lamb", lr=0.02)
+    optimizer.attach_stats(GradientStats(model))
+    if not save:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for _ in range(steps):
+        for _ in backward_passes("fsdp", model, 4 // dist.get_world_size(), 4 // dist.get_world_size()):
+            pass
+        optimizer.step()
+        optimizer.zero_grad()
+    if save:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    return {name: whole(p) for name, p in model.named_parameters()}
