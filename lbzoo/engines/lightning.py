@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lbzoo import scaling
+from lbzoo.callbacks.gradient_stats import StatsForOptimizers
 from lbzoo.checkpoint import load_weights
 from lbzoo.data.base import DataSource
 from lbzoo.data.loader import train_loader, val_loader
@@ -144,6 +145,7 @@ class _StageRun:
             MicroBatchSeeds(recipe.seed),
             Restore(self.start.checkpoint, self.step - stage.first_step),
             *_callbacks(recipe),
+            StatsForOptimizers(micro_batch_size=stage.micro_batch_size),
             AtValidation(),
             checkpointer,
         ]

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lbzoo.errors import UsageError
 from lbzoo.gsnr.ddp import DDPBackend
 from lbzoo.gsnr.fsdp import FSDPBackend
-from lbzoo.gsnr.local import LocalBackend
+from lbzoo.gsnr.local import LocalBackend, Switch
 from lbzoo.gsnr.noise import NoiseAverages
 from lbzoo.gsnr.sums import GradientSums, gsnr_, norm_of, variance
 from lbzoo.gsnr.unseen import refuse_unseen
@@ -51,6 +51,8 @@ from lbzoo.sharding import (
 
 class Backend(Protocol):
     """How gradients are seen and their squares added up over the ranks. ``ranks``: those with samples of their own."""
+
+    switch: Switch
 
     @property
     def ranks(self) -> int: ...
@@ -142,6 +144,16 @@ class GradientStats:
         totals, counts = self._over_shards(layers, rows)
         return dict(zip([sums.name for sums in layers], (totals / counts).float().unbind(), strict=True))
 
+    def share_at(self, gamma: float) -> dict[str, Tensor]:
+        """By parameter: the share of elements whose GSNR is at most ``gamma`` times the mean, 0-dim."""
+        layers, passes, means = self._complete(), self._passes(), self.mean_gsnr_per_layer()
+        rows = []
+        for sums in layers:
+            values = _gsnr(sums, passes, _squares(sums).clone())
+            rows.append(torch.stack([(values <= gamma * means[sums.name]).sum(), values.isfinite().sum()]))
+        low, counts = self._over_shards(layers, rows)
+        return dict(zip([sums.name for sums in layers], (low / counts).float().unbind(), strict=True))
+
     def observe_noise(self) -> None:
         """Add the window to the averages of the noise scale, once. Nothing is read back from the device."""
         layers, gradients = self._complete(), self.num_gradients
@@ -174,6 +186,10 @@ class GradientStats:
         squared_means, variances = self._energies(self._complete())
         return float(1 - variances.sum() / ((self.num_gradients - 1) * squared_means.sum()))
 
+    def parameter(self, name: str) -> Tensor:
+        """The parameter that the other methods call ``name``."""
+        return self._sums[name].parameter
+
     def take_gsnr(self, parameter: Tensor) -> Tensor:
         """This rank's part of the parameter's GSNR, made in the memory of the sums, which are gone then.
 
@@ -196,6 +212,16 @@ class GradientStats:
             )
         return self.num_gradients
 
+    def pause(self) -> None:
+        """Collect nothing, and communicate nothing more than without this object, until :meth:`resume`."""
+        self.reset()
+        self._backend.switch.is_on = False
+
+    def resume(self) -> None:
+        """Collect from the next backward pass on, which begins a window. On all ranks between the same two steps."""
+        self.reset()
+        self._backend.switch.is_on = True
+
     def reset(self) -> None:
         """Forget the window; the next backward pass begins another. The averages of the noise scale stay."""
         for sums in self._sums.values():
@@ -207,8 +233,14 @@ class GradientStats:
         self.reset()
         self._backend.detach()
         model = self._model()
-        if model is not None and attached_stats(model) is self:
+        if model is not None and self.is_attached:
             del _attached[model]
+
+    @property
+    def is_attached(self) -> bool:
+        """Until :meth:`detach`."""
+        model = self._model()
+        return model is not None and attached_stats(model) is self
 
     def _live(self) -> Iterator[GradientSums]:
         return (sums for sums in self._sums.values() if sums.is_live)

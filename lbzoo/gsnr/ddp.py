@@ -18,7 +18,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from lbzoo.errors import UsageError
-from lbzoo.gsnr.local import watch
+from lbzoo.gsnr.local import Switch, watch
 from lbzoo.gsnr.sums import GradientSums, norm_of
 
 
@@ -41,7 +41,8 @@ class DDPBackend:
         self._sums = {sums.parameter: sums for sums in all_sums}
         self._socket = _socket_of(model)
         self._socket.backend = self
-        self._handles = [watch(sums, pool_size) for sums in all_sums]
+        self.switch = Switch()
+        self._handles = [watch(sums, pool_size, self.switch) for sums in all_sums]
 
     def finish(self, all_sums: Iterable[GradientSums]) -> None:
         """Nothing is left to do: the buckets came back complete."""
@@ -104,7 +105,7 @@ def _socket_of(model: DistributedDataParallel) -> _Socket:
 
 
 def _hook(socket: _Socket, bucket: dist.GradBucket) -> Future[Tensor]:
-    if socket.backend is None:
+    if socket.backend is None or not socket.backend.switch.is_on:
         return allreduce_hook(socket.group, bucket)
     return socket.backend.reduce(bucket, socket.group)
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter  # what set_custom_reduce_scatter() takes
 
 from lbzoo.errors import UsageError
-from lbzoo.gsnr.local import watch
+from lbzoo.gsnr.local import Switch, watch, watch_sum
 from lbzoo.gsnr.sums import GradientSums, norm_of
 from lbzoo.sharding import data_parallel_ranks, is_sharded, local, local_gradient, padded_shard_numel, shard_ranks
 
@@ -42,9 +42,9 @@ class FSDPBackend:
                 raise UsageError("GradientStats: the parameters are replicated, not sharded: use DDP instead")
             if ranks:
                 module.set_custom_reduce_scatter(_Reduction(self, ranks.pop()))
-        self._handles = [watch(sums, pool_size) for sums in self._whole]
-        for sums in self._whole:
-            self._handles.append(sums.parameter.register_post_accumulate_grad_hook(lambda _, sums=sums: sums.seal()))
+        self.switch = Switch()
+        self._handles = [watch(sums, pool_size, self.switch) for sums in self._whole]
+        self._handles += [watch_sum(sums, self.switch) for sums in self._whole]
         for parameter in self._sharded:
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._take))
 
@@ -90,6 +90,8 @@ class FSDPBackend:
 
     def _take(self, parameter: Tensor) -> None:
         """Called by FSDP2 as soon as ``parameter.grad`` holds what the current reduction brought."""
+        if not self.switch.is_on:
+            return
         assert self.current is not None
         sums = self._sharded[parameter]
         if self.ranks == 1:
@@ -146,6 +148,8 @@ class _Reduction(ReduceScatter):
                 "GradientStats: FSDP2 reduces gradients in float16, in which their squares overflow: "
                 "use MixedPrecisionPolicy(reduce_dtype=torch.float32)"
             )
+        if not self._backend.switch.is_on:
+            return torch.empty(*size, dtype=dtype, device=device)
         dtype = torch.promote_types(dtype, torch.float32)
         length = int(size[0])
         if self._input_is_next:
@@ -167,6 +171,8 @@ class _Reduction(ReduceScatter):
         op: dist.ReduceOp,
         async_op: bool = False,
     ) -> dist.Work | None:
+        if not self._backend.switch.is_on:
+            return _reduce_scatter(output_tensor, input_tensor, group, op, async_op)
         gradients = input_tensor.view(self._ranks, -1)
         both = gradients.new_empty(self._ranks, 2, gradients.shape[1])
         both[:, 0] = gradients

@@ -181,7 +181,7 @@ class VarianceReduced(OptimizerWrapper):
                     f"this run was saved with k = {saved} gradients a step and goes on with k = {k}: their ratios have "
                     f"another distribution; GradientStats(model, groups={saved}) keeps k",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=1,
                 )
         self._k_of_checkpoint = False
         if k < FEW_GRADIENTS and not self._warned:
@@ -190,7 +190,7 @@ class VarianceReduced(OptimizerWrapper):
                 f"k = {k} gradients a step tell little of their variance: the paper keeps k >= {FEW_GRADIENTS} (more "
                 "ranks, more accumulated micro-batches)",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=1,
             )
 
     def _ratios_of(self, owner: Tensor, grad: Tensor) -> Tensor:
