@@ -69,14 +69,14 @@ def impossible(subject: Subject) -> Iterator[tuple[str, Any]]:
 @check()
 def options_arrive(subject: Subject) -> None:
     """An option that is accepted and never used is a sweep over nothing."""
-    numbers = {
-        name: value
-        for name, value in _values(subject).items()
-        if name not in SAME_RULE | {"lr"} and any(True for _ in _other_values(value))
+    other_values = {
+        name: _other_values(usual) for name, usual in _values(subject).items() if name not in SAME_RULE | {"lr"}
     }
-    if not numbers:
+    if not any(other_values.values()):
         skip("takes no options that are numbers or switches")
-    without_effect = [name for name, value in numbers.items() if not _has_effect(subject, name, value)]
+    without_effect = [
+        name for name, others in other_values.items() if others and not _has_effect(subject, name, others)
+    ]
     expect(not without_effect, "changes nothing: " + ", ".join(without_effect))
 
 
@@ -85,8 +85,8 @@ def _values(subject: Subject) -> dict[str, Any]:
     return {name: option.default for name, option in subject.signature.items()} | dict(subject.options)
 
 
-def _has_effect(subject: Subject, option: str, usual: Any) -> bool:
-    """Whether another value of the option changes a training at all, alone or beside other options.
+def _has_effect(subject: Subject, option: str, values: list[Any]) -> bool:
+    """Whether one of ``values`` changes a training at all, alone or beside other options.
 
     A value that is refused counts as an effect: the option was read.
     """
@@ -95,7 +95,7 @@ def _has_effect(subject: Subject, option: str, usual: Any) -> bool:
             expected = _trained(subject, **base)
         except Exception:
             continue  # these do not go together
-        for value in _other_values(usual):
+        for value in values:
             try:
                 changed = _trained(subject, **base, **{option: value})
             except Exception:
@@ -117,14 +117,16 @@ def _surroundings(subject: Subject, option: str) -> Iterator[dict[str, Any]]:
             yield strong | {name: not usual}
 
 
-def _other_values(usual: Any) -> Iterator[Any]:
+def _other_values(usual: Any) -> list[Any]:
+    """Values to try in the place of a number, a switch or numbers; none for anything else."""
     match usual:
         case bool():
-            yield not usual
+            return [not usual]
         case int() | float():
-            yield from (1.0,) if math.isinf(usual) else (usual / 2 if usual else 0.1, usual * 4 + 0.01)
+            return [1.0] if math.isinf(usual) else [usual / 2 if usual else 0.1, usual * 4 + 0.01]
         case (float(), *_) if all(isinstance(number, float) for number in usual):
-            yield tuple(number / 2 for number in usual)
+            return [tuple(number / 2 for number in usual)]
+    return []
 
 
 def _trained(subject: Subject, **options: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lbzoo.errors import UsageError, did_you_mean
 from lbzoo.registry import Option, optimizers, options_of
+from lbzoo.testing.known_statistics import KnownStatistics
 
 Factory = Callable[..., Optimizer]
 LEARNING_RATE = 0.1  # unless the caller gives one: large, so that what goes wrong shows within a few steps
@@ -58,8 +59,15 @@ class Subject:
         return cls(label, reference, factory, signature, chosen)
 
     def build(self, target: nn.Module | Iterable[Mapping[str, Any]], **options: Any) -> Optimizer:
-        """The optimizer of a model, or of torch-style groups; ``options`` come on top of the subject's own."""
-        return self.factory(target, **{**self.options, **options})
+        """The optimizer of a model, or of torch-style groups; ``options`` come on top of the subject's own.
+
+        An optimizer that works on statistics of the gradients is given some.
+        """
+        optimizer = self.factory(target, **{**self.options, **options})
+        attach = getattr(optimizer, "attach_stats", None)
+        if attach is not None:
+            attach(KnownStatistics())
+        return optimizer
 
     def takes(self, option: str) -> bool:
         """Whether the optimizer has an option of that name."""

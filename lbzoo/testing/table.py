@@ -30,6 +30,7 @@ class Entrant:
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
 
 
+WRAPPED = ("larc_lamb", "larc_novograd", "vr_lamb", "vr_lars", "vr_novograd")  # around torch's own: their faults too
 PEERS = (
     Entrant("torch:SGD", {"momentum": 0.9}),
     Entrant("torch:AdamW"),
@@ -74,15 +75,13 @@ def page() -> Iterator[str]:
 
 
 def _zoo() -> tuple[list[Entrant], list[Entrant]]:
-    """(layer-wise optimizers, torch's own); of the wrapped ones those around a layer-wise optimizer."""
+    """(layer-wise optimizers, torch's own)."""
     ours, natives = [], []
     for name in registry.optimizers.names():
         entry = registry.optimizers.entry(name)
-        if entry.meta.get("needs_gradient_stats"):
-            continue  # they need several gradients a step, which the kit does not make
         if entry.module.endswith("torch_native"):
             natives.append(Entrant(name))
-        elif not name.startswith("larc_") or name in ("larc_lamb", "larc_novograd"):
+        elif not name.startswith(("larc_", "vr_")) or name in WRAPPED:
             ours.append(Entrant(name))
     return ours, natives
 

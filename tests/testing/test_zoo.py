@@ -9,11 +9,12 @@ import pytest
 from lbzoo import registry
 from lbzoo.testing import check_optimizer, list_checks
 
-LAYERWISE = [name for name in registry.optimizers.names() if registry.optimizers.entry(name).meta.get("layerwise")]
-OURS = [name for name in LAYERWISE if not registry.optimizers.entry(name).meta.get("needs_gradient_stats")]
-# larc_<name> of torch's own optimizers shares their faults (bf16 state).
-WRAPPED = [name for name in OURS if name.startswith("larc_")]
-PLAIN = [name for name in OURS if name not in WRAPPED]
+# The wrappers exist around every optimizer, and share the faults of torch's own (bf16 state).
+OURS = [
+    name
+    for name in registry.optimizers.names()
+    if registry.optimizers.entry(name).meta.get("layerwise") and not name.startswith(("larc_", "vr_"))
+]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("lamb", {"adapt": False, "bias_correction": False}),
     ("lamb", {"nesterov": "both", "norm_order": 1.0, "weight_decay": 0.0}),
@@ -27,6 +28,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("lans", {"adapt": False, "weight_norm_range": (0.1, 2.0)}),
     ("larc_lamb", {"trust_coefficient": 0.02}),
     ("larc_novograd", {}),
+    ("vr_lamb", {}),
+    ("vr_lars", {"gamma": 0.3, "beta3": 0.9}),
+    ("vr_novograd", {"gsnr_cap": 1.0}),
 ]
 ONE_PROCESS = [check.name for check in list_checks() if check.topic != "sharding"]
 
@@ -38,10 +42,10 @@ def faults(optimizer: str, options: dict[str, Any] | None = None, **selection: A
 
 
 def test_the_zoo_is_found():
-    assert {"lamb", "nlamb", "nnlamb", "lans", "lars", "lars2020", "novograd", "bnadamw"} <= set(PLAIN)
+    assert {"lamb", "nlamb", "nnlamb", "lans", "lars", "lars2020", "novograd", "bnadamw"} <= set(OURS)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", OURS)
 def test_in_one_process(name):
     assert faults(name, only=ONE_PROCESS) == []
 
@@ -55,7 +59,7 @@ def test_variants_in_one_process(name, options):
 
 @pytest.mark.dist
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", OURS)
 def test_on_several_processes(name):
     assert faults(name, only="sharding") == []
 
@@ -71,6 +75,6 @@ def test_variants_on_several_processes(name, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in PLAIN), *VARIANTS])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OURS), *VARIANTS])
 def test_compiled(name, options):
     assert faults(name, options, only="torch_compile", slow=True) == []
