@@ -28,7 +28,7 @@ from lbzoo.registry import register_callback
 _QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
-@register_callback("gsnr")
+@register_callback("gsnr", needs_gradient_stats=True)
 class Gsnr(StatisticsCallback):
     """Gradient signal-to-noise ratio of every layer, and what VRGD and generalisation theory make of it.
 

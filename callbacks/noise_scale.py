@@ -23,7 +23,7 @@ from lbzoo.gsnr import GradientStats
 from lbzoo.registry import register_callback
 
 
-@register_callback("noise_scale")
+@register_callback("noise_scale", needs_gradient_stats=True)
 class NoiseScale(StatisticsCallback):
     """Gradient noise scale in samples (the critical batch size), and against the batch in use.
 

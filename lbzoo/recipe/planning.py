@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lbzoo import registry
 from lbzoo.errors import LbzooError
 from lbzoo.recipe.arithmetic import BatchSum, Shards, batch_sum, lr_arithmetic, shards, steps_arithmetic
 from lbzoo.recipe.build import build_data, build_schedule
@@ -15,13 +16,15 @@ from lbzoo.recipe.resolved import ResolvedRecipe, Stage
 class ModelSize:
     """One full copy of the model and of its optimizer's state; sharding divides the bytes.
 
-    ``optimizer_bytes`` is None where the optimizer cannot say.
+    ``optimizer_bytes`` is None where the optimizer cannot say. ``statistics_bytes``: the sums of squared gradients, 0
+    where neither the optimizer nor a callback needs them.
     """
 
     parameters: int
     tensors: int
     weight_bytes: int
     optimizer_bytes: int | None
+    statistics_bytes: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -55,7 +58,7 @@ def plan_stage(recipe: ResolvedRecipe, stage: Stage, *, count_model: bool = True
     """The numbers of a stage; with ``count_model`` the model is built on the meta device, which imports all of it."""
     schedule = build_schedule(stage)
     samples = stage.steps * stage.global_batch_size
-    model, problem = _model_size(stage) if count_model else (None, "")
+    model, problem = _model_size(recipe, stage) if count_model else (None, "")
     return StagePlan(
         name=stage.name,
         unit=build_data(stage).facts().unit,
@@ -107,11 +110,20 @@ def _devices_here(recipe: ResolvedRecipe) -> tuple[str, int]:
     return device, trainer.devices if isinstance(trainer.devices, int) else gpus or 1
 
 
-def _model_size(stage: Stage) -> tuple[ModelSize | None, str]:
+def _model_size(recipe: ResolvedRecipe, stage: Stage) -> tuple[ModelSize | None, str]:
     """The sizes, or why there are none: a plan is worth having without them."""
     try:
         built = dry_run(stage)
     except (LbzooError, ImportError, NotImplementedError, RuntimeError) as error:
         return None, str(error)
     sizes = (built.parameters, built.tensors, built.weight_bytes, built.optimizer_bytes)
-    return ModelSize(*sizes, warnings=built.warnings), ""
+    statistics = 4 * built.parameters if _collects_gradient_stats(recipe, stage) else 0
+    return ModelSize(*sizes, statistics_bytes=statistics, warnings=built.warnings), ""
+
+
+def _collects_gradient_stats(recipe: ResolvedRecipe, stage: Stage) -> bool:
+    from lbzoo.optim import get_optimizer_info
+
+    names = [callback.name for callback in recipe.callbacks if callback.name in registry.callbacks]
+    collecting = [name for name in names if registry.callbacks.entry(name).meta.get("needs_gradient_stats")]
+    return bool(collecting) or get_optimizer_info(stage.optimizer.name).needs_gradient_stats
