@@ -403,11 +403,13 @@ def _definition(component: Any) -> tuple[str, int]:
 optimizer_wrappers = Registry("optimizer_wrapper", package="lbzoo.optim")
 optimizers = Registry("optimizer", package="lbzoo.optim", wrappers=optimizer_wrappers)
 schedules = Registry("schedule", package="lbzoo.schedules")
+models = Registry("model", package="lbzoo.models")
 tasks = Registry("task", package="lbzoo.tasks")
 data = Registry("data", package="lbzoo.data", plural="data")
 callbacks = Registry("callback", package="lbzoo.callbacks")
 
 register_schedule = schedules.register
+register_model = models.register
 register_task = tasks.register
 register_data = data.register
 register_callback = callbacks.register

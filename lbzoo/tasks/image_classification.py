@@ -1,8 +1,9 @@
-"""Image classification with any model of timm."""
+"""Image classification with a model of lbzoo's own or any of timm's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lbzoo.data.extras import extra
 from lbzoo.errors import UnknownNameError, UsageError
-from lbzoo.registry import register_task
+from lbzoo.registry import models, register_task
 from lbzoo.tasks.base import Task
 from lbzoo.tasks.classification_metrics import ClassificationMetrics
 
@@ -21,11 +22,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @register_task("image_classification")
 class ImageClassification(Task):
-    """Classify images with a timm model: cross-entropy, top-1 and top-5 accuracy.
+    """Classify images with a model of ours (``lbzoo.models``) or timm's: cross-entropy, top-1 and top-5 accuracy.
 
     A batch is (images [N, C, H, W], labels [N]). Floating-point images are taken as they are; uint8 images are
     normalised here, on the device, to (x / 255 - pixel_mean) / pixel_std: ImageNet's for three channels unless given,
-    0.5 for others. The model starts from random weights, nothing is downloaded. ``model_args`` go to the timm model.
+    0.5 for others. The model starts from random weights, nothing is downloaded. ``model_args`` go to the model.
 
     ``label_smoothing`` acts in training only. ``l2_regularization`` adds 0.5 * l2 * |p|^2 to the training loss for all
     parameters but those of normalisation layers. LAMB's tables 13-25 vary it beside weight decay without giving its
@@ -63,7 +64,7 @@ class ImageClassification(Task):
 
         options = {"drop_rate": drop_rate} if drop_rate else {}
         channels = input_shape[0]
-        network = _timm_model(model, num_classes=num_classes, in_chans=channels, **options, **(model_args or {}))
+        network = _network(model, num_classes=num_classes, in_chans=channels, **options, **(model_args or {}))
         self.model = network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing in the stubs
         self.metrics = ClassificationMetrics(num_classes)
         imagenet = channels == len(IMAGENET_MEAN)
@@ -108,17 +109,22 @@ class ImageClassification(Task):
                 yield from layer.parameters(recurse=False)
 
 
-def _timm_model(name: str, **options: Any) -> nn.Module:
+def _network(name: str, **options: Any) -> nn.Module:
+    make = models.get(name) if name in models else _timm_factory(name)
+    try:
+        network: nn.Module = make(**options)
+    except TypeError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise UsageError(f"the model {name} cannot be built with {given}: {error}") from error
+    return network
+
+
+def _timm_factory(name: str) -> Callable[..., nn.Module]:
     with extra("vision"):
         import timm
     if not timm.is_model(name):
-        raise UnknownNameError("timm model", name, timm.list_models())
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **options)
-    except TypeError as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise UsageError(f"timm's {name} cannot be built with {given}: {error}") from error
-    return model
+        raise UnknownNameError("model", name, [*models.names(), *timm.list_models()])
+    return partial(timm.create_model, name, pretrained=False)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

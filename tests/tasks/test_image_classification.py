@@ -250,14 +250,14 @@ def test_tasks_do_not_know_the_trainer() -> None:
 
 @pytest.mark.parametrize("name", ["resnet5", "resnet_50"])
 def test_unknown_model(name: str) -> None:
-    with pytest.raises(UnknownNameError, match=f"no timm model named '{name}'; did you mean 'resnet"):
+    with pytest.raises(UnknownNameError, match=f"no model named '{name}'; did you mean 'resnet"):
         task(model=name)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "resnet18", "model_args": {"layerz": [1]}}, r"timm's resnet18 cannot be built .*layerz"),
+        ({"model": "resnet18", "model_args": {"layerz": [1]}}, r"the model resnet18 cannot be built .*layerz"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
         ({"l2_regularization": -1.0}, "l2_regularization is below 0"),
         ({"pixel_mean": [0.1, 0.2]}, "pixel_mean has 2 values for 1 channels"),
@@ -287,5 +287,5 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", refuse)
     made = task(model="resnet18.a1_in1k", model_args=None)
     assert isinstance(made.model, timm.models.ResNet)
-    with pytest.raises(UnknownNameError, match="no timm model named 'hf-hub:timm/"):
+    with pytest.raises(UnknownNameError, match="no model named 'hf-hub:timm/"):
         task(model="hf-hub:timm/resnet18.a1_in1k")
