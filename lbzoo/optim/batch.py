@@ -9,33 +9,42 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lbzoo.optim.elementwise import PIECE, same_layout
+from lbzoo.optim.elementwise import SMALL, is_dense, same_layout
 from lbzoo.optim.state import state_dtype
 from lbzoo.sharding import ShardGroups, local, local_gradient, shard_groups
 
 StateOf: TypeAlias = Callable[[Tensor, int, int], dict[str, Any]]  # of (parameter, index of its group, position in it)
 NewState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]  # of (parameter, its group)
 
-ACCELERATOR_LIMIT = 1 << 26  # elements: bounds the temporaries of a step, and still fills a GPU
+# Elements a batch, unless one tensor has more. On a CPU a second pass shall find the first in the cache; on an
+# accelerator it bounds the temporaries and still fills the device.
+CPU_LIMIT = 1 << 21
+ACCELERATOR_LIMIT = 1 << 26
 
 
 class Scratch:
-    """Memory for the temporaries of one batch after another: a buffer a slot, as long as the largest tensor.
+    """Memory for the temporaries of one batch after another: a buffer a slot, as long as the largest batch.
 
-    It stays between steps: on a CPU, touching fresh pages costs a tenth of a step.
+    It stays between steps: on a CPU, touching fresh pages costs a tenth of a step. Small tensors do without; malloc
+    gives them pages that it has.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def like(self, tensor: Tensor, slot: int) -> Tensor:
-        # A batch holds one tensor of more than PIECE elements, or several smaller ones that malloc serves well.
-        if tensor.numel() <= PIECE or not tensor.is_contiguous():
-            return torch.empty_like(tensor)
-        key = (slot, tensor.dtype)
-        if key not in self._buffers or self._buffers[key].numel() < tensor.numel():
-            self._buffers[key] = torch.empty(tensor.numel(), dtype=tensor.dtype)
-        return self._buffers[key][: tensor.numel()].view_as(tensor)
+    def like(self, tensors: Sequence[Tensor], slot: int) -> list[Tensor]:
+        needed, key = sum(tensor.numel() for tensor in tensors), (slot, tensors[0].dtype)
+        if key not in self._buffers or self._buffers[key].numel() < needed:
+            self._buffers[key] = torch.empty(needed, dtype=tensors[0].dtype)
+        buffer, taken, result = self._buffers[key], 0, []
+        for tensor in tensors:
+            size = tensor.numel()
+            if size <= SMALL or not is_dense(tensor):
+                result.append(torch.empty_like(tensor))
+            else:
+                result.append(buffer.as_strided(tensor.shape, tensor.stride(), taken))
+                taken += size
+        return result
 
 
 @dataclass
@@ -76,7 +85,7 @@ class Batch:
         self.states.append(new_state(stand_in, self.group))
 
     def has_room(self, tensor: Tensor) -> bool:
-        limit = PIECE if tensor.device.type == "cpu" else ACCELERATOR_LIMIT
+        limit = CPU_LIMIT if tensor.device.type == "cpu" else ACCELERATOR_LIMIT
         return not self.owners or self.size + tensor.numel() <= limit
 
     def load(self, grad_scale: Tensor | None) -> None:
@@ -88,8 +97,8 @@ class Batch:
 
     def store(self) -> None:
         """Write copies back, and let go of the tensors."""
-        for owner, param in zip(self.owners, self.params, strict=True):
-            if owner.dtype != param.dtype:
+        if self.owners[0].dtype is not self.params[0].dtype:  # a batch has one type
+            for owner, param in zip(self.owners, self.params, strict=True):
                 local(owner).copy_(param)
         self.params, self.grads = [], []
 
@@ -99,7 +108,7 @@ class Batch:
     def next_steps(self) -> list[Any]:
         """Count this step for every tensor; the numbers, from 1 (tensors under torch.compile)."""
         counts = self.state("step")
-        torch._foreach_add_(counts, torch.ones((), device="cpu"))  # a number would become a tensor once for each
+        torch._foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)  # of its forms the quickest by far
         if torch.compiler.is_compiling():
             return [count.double() for count in counts]  # 1 - beta^t cancels
         return [count.item() for count in counts]
@@ -108,7 +117,7 @@ class Batch:
         """Uninitialised tensors like ``params``. With the same slot, the next batch is given the same memory."""
         if self.scratch is None:
             return [torch.empty_like(param) for param in self.params]
-        return [self.scratch.like(param, slot) for param in self.params]
+        return self.scratch.like(self.params, slot)
 
     @property
     def lr(self) -> float | Tensor:
@@ -153,7 +162,7 @@ def _alone_on_cpu(param: Tensor, shards: ShardGroups) -> bool:
 
 
 def _in_full_precision(param: Tensor) -> Tensor:
-    return param.to(state_dtype(param))
+    return param if param.dtype is torch.float32 else param.to(state_dtype(param))
 
 
 def _gradient_like(param: Tensor, grad: Tensor, grad_scale: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ to the cost of a call than they gain.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -43,12 +44,12 @@ class Norms:
         return parts.sqrt() if self.order == 2.0 else parts
 
 
-def run(kernel: Kernel, columns: Sequence[Column]) -> None:
-    """``kernel(*columns)``."""
+def run(kernel: Kernel, columns: Sequence[Column], *, whole: bool = False) -> None:
+    """``kernel(*columns)``. ``whole``: without cutting tensors, for a kernel that passes over memory but once."""
     if not on_eager_cpu(columns[0]):
         kernel(*columns)
         return
-    for _, piece in _pieces(columns):
+    for _, piece in _pieces(columns, math.inf if whole else PIECE):
         kernel(*piece)
 
 
@@ -96,17 +97,18 @@ def on_eager_cpu(tensors: Sequence[Tensor]) -> bool:
     return bool(tensors) and tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _pieces(columns: Sequence[Column]) -> Iterator[tuple[int, list[Column]]]:
+def _pieces(columns: Sequence[Column], limit: float | None = None) -> Iterator[tuple[int, list[Column]]]:
     """(index of the first tensor, columns) of pieces: several small tensors, one tensor, or a part of a large one."""
+    limit = PIECE if limit is None else limit
     sizes = [tensor.numel() for tensor in columns[0]]
     start = 0
     while start < len(sizes):
         stop, total = start + 1, sizes[start]
-        while stop < len(sizes) and total + sizes[stop] <= PIECE:
+        while stop < len(sizes) and total + sizes[stop] <= limit:
             total += sizes[stop]
             stop += 1
         rows = [column[start:stop] for column in columns]
-        if stop > start + 1 or total <= PIECE:
+        if stop > start + 1 or total <= limit:
             yield start, _flattened_where_needed(rows)
         else:
             yield from ((start, piece) for piece in _cut(rows, total))
@@ -114,7 +116,7 @@ def _pieces(columns: Sequence[Column]) -> Iterator[tuple[int, list[Column]]]:
 
 
 def _flattened_where_needed(rows: list[Column]) -> list[Column]:
-    if all(not isinstance(item, Tensor) or item.is_contiguous() for row in rows for item in row):
+    if all(map(_is_contiguous, rows)):
         return rows
     across = [_flat(list(items)) for items in zip(*rows, strict=True)]
     return [list(row) for row in zip(*across, strict=True)]
@@ -123,7 +125,7 @@ def _flattened_where_needed(rows: list[Column]) -> list[Column]:
 def _cut(rows: list[Column], size: int) -> Iterator[list[Column]]:
     """The one tensor of each row in equal parts of at most PIECE elements; whole where the layouts differ."""
     items = _flat([row[0] for row in rows])
-    if not all(not isinstance(item, Tensor) or item.is_contiguous() for item in items):
+    if not all(_is_contiguous([item]) for item in items):
         yield [[item] for item in items]
         return
     count = -(-size // PIECE)
@@ -133,10 +135,15 @@ def _cut(rows: list[Column], size: int) -> Iterator[list[Column]]:
         yield [[part] for part in parts]
 
 
+def _is_contiguous(column: Column) -> bool:
+    """True of numbers."""
+    return not isinstance(column[0], Tensor) or all(map(Tensor.is_contiguous, column))
+
+
 def _flat(items: list[Any]) -> list[Any]:
     """1-D views in the order of memory where all tensors share one dense layout (channels-last, say); else as given."""
     tensors = [item for item in items if isinstance(item, Tensor)]
-    if len({_layout(tensor) for tensor in tensors}) > 1 or not _is_dense(tensors[0]):
+    if len({_layout(tensor) for tensor in tensors}) > 1 or not is_dense(tensors[0]):
         return items
     return [item.as_strided((item.numel(),), (1,)) if isinstance(item, Tensor) else item for item in items]
 
@@ -150,7 +157,10 @@ def _layout(tensor: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(tensor.stride(), tensor.size(), strict=True) if size > 1)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in whatever order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
         if size > 1:

@@ -16,17 +16,23 @@ from torch import Tensor
 
 Tensors = Sequence[Tensor]
 
+_TYPES = (torch.float32, torch.float64)
+
+
+def are_for(tensors: Tensors) -> bool:
+    """Whether there are kernels for such tensors: float32 or float64, on a CPU or CUDA, outside torch.compile."""
+    if torch.compiler.is_compiling() or not tensors:
+        return False
+    device = tensors[0].device.type
+    return device in ("cpu", "cuda") and tensors[0].dtype in _TYPES and fused_kernels_work(device)
+
 
 def can_fuse(*columns: Tensors) -> bool:
-    """Whether the kernels may run on these lists: float32 or float64, contiguous, on a CPU or CUDA, not compiled."""
-    if torch.compiler.is_compiling() or not columns[0]:
-        return False
-    device, dtype = columns[0][0].device.type, columns[0][0].dtype
+    """Whether lists of tensors may go to a kernel together: there is one, and all are contiguous and of one type."""
     return (
-        device in ("cpu", "cuda")
-        and dtype in (torch.float32, torch.float64)
-        and all(tensor.dtype == dtype and tensor.is_contiguous() for column in columns for tensor in column)
-        and fused_kernels_work(device)
+        are_for(columns[0])
+        and len({tensor.dtype for column in columns for tensor in column}) == 1
+        and all(all(map(Tensor.is_contiguous, column)) for column in columns)
     )
 
 

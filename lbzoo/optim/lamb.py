@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lbzoo.optim import fused_kernels
 from lbzoo.optim.adam_moments import adam_direction, adam_step
 from lbzoo.optim.batch import Batch
 from lbzoo.optim.elementwise import add_scaled_, run, sweep
@@ -56,7 +57,7 @@ def lamb(
     """
     moments = [params, grads, exp_avgs, exp_avg_sqs, steps]
     if not adapt and not report:
-        run(partial(adam_step, lr=lr, **adam), moments)
+        run(partial(adam_step, lr=lr, **adam), moments, whole=fused_kernels.are_for(params))
         return {}
     direction = partial(adam_direction, **adam)
     param_norms, update_norms = yield sweep(direction, [*moments, updates], norms_of=[0, 5], order=norm_order)

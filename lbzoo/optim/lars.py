@@ -15,7 +15,6 @@ that no layer's rate is above ``lr``; and parameters with ``adapt=False`` have q
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lbzoo.optim.batch import Batch
-from lbzoo.optim.elementwise import as_column, run, sweep
+from lbzoo.optim.elementwise import as_column, sweep
 from lbzoo.optim.info import register_optimizer
 from lbzoo.optim.layerwise import LayerwiseOptimizer, norms_of_change
 from lbzoo.optim.momentum import momentum_step
@@ -54,9 +53,9 @@ def lars(
         if clip:
             ratios = (ratios / lr).clamp(max=1.0)
     scales, outer_lr = (ratios * lr, 1.0) if lr_in_momentum else (ratios, lr)
-    step = partial(momentum_step, lr=outer_lr, momentum=momentum, nesterov=nesterov)
     before = [param.clone() for param in params] if report and nesterov else []
-    run(step, [params, grads, buffers, as_column(scales, params), as_column(scales * weight_decay, params)])
+    columns = [params, grads, buffers, as_column(scales, params), as_column(scales * weight_decay, params)]
+    momentum_step(*columns, lr=outer_lr, momentum=momentum, nesterov=nesterov)
     if not report:
         return {}
     if nesterov:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -51,13 +51,12 @@ def has_overflowed(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def refuse_sparse_gradient(param: Tensor, name: str, rule: str) -> None:
-    """Raise UsageError where the gradient is sparse."""
-    if param.grad is not None and param.grad.layout is not torch.strided:
-        raise UsageError(
-            f"{name} has a sparse gradient, for which {rule} has no rule: give the embedding sparse=False, "
-            "or its parameters to torch.optim.SparseAdam"
-        )
+def refuse_sparse_gradient(name: str, rule: str) -> NoReturn:
+    """Raise UsageError for a parameter with a sparse gradient."""
+    raise UsageError(
+        f"{name} has a sparse gradient, for which {rule} has no rule: give the embedding sparse=False, "
+        "or its parameters to torch.optim.SparseAdam"
+    )
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -138,7 +137,8 @@ class LayerwiseOptimizer(Optimizer):
         return make_batches(self.param_groups, self._state_of, self.new_state, self._scratch)
 
     def _state_of(self, param: Tensor, group: int, position: int) -> dict[str, Any]:
-        refuse_sparse_gradient(param, param_name(self.param_groups, group, position), type(self).__name__)
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            refuse_sparse_gradient(param_name(self.param_groups, group, position), type(self).__name__)
         state: dict[str, Any] = self.state[param]
         if not state:
             self._refuse_param(param, group, position)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbzoo.optim import fused_kernels
+from lbzoo.optim.elementwise import on_eager_cpu, run
 
 
 def momentum_step(
@@ -25,36 +27,56 @@ def momentum_step(
     """buffer = momentum * buffer + update with update = scale * grad + decay * param; then param -= lr * buffer.
 
     ``scales``, ``decays``: a number, or a 0-dim tensor, for each. ``nesterov``: param -= lr * (update + momentum *
-    buffer). An elementwise kernel.
+    buffer).
     """
-    # The kernel's Nesterov step leaves out the scale, and without momentum it keeps no buffer.
-    suited = not nesterov and momentum > 0
-    if suited and not isinstance(lr, Tensor) and fused_kernels.can_fuse(params, grads, buffers):
-        for param, grad, buffer, scale, decay in zip(params, grads, buffers, scales, decays, strict=True):
-            if fused_kernels.scale_is_exact(scale):
-                fused_kernels.momentum_(
-                    [param], [grad], [buffer], lr=lr, momentum=momentum, scale=scale, weight_decay=decay / scale
-                )
-            else:
-                _plain_step([param], [grad], [buffer], [scale], [decay], lr, momentum, nesterov)
+    columns = [params, grads, buffers, scales, decays]
+    # The fused kernel takes its scale from the host; its Nesterov step leaves the scale out, and without momentum it
+    # keeps no buffer.
+    fusable = on_eager_cpu(params) and fused_kernels.are_for(params) and momentum > 0 and not nesterov
+    if fusable and not isinstance(lr, Tensor):
+        run(partial(_fused_step, lr=lr, momentum=momentum), columns, whole=True)
+    else:
+        run(partial(_plain_step, lr=lr, momentum=momentum, nesterov=nesterov), columns)
+
+
+def _fused_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    scales: Sequence[float],
+    decays: Sequence[float],
+    *,
+    lr: float,
+    momentum: float,
+) -> None:
+    if not fused_kernels.can_fuse(params, grads, buffers):
+        _plain_step(params, grads, buffers, scales, decays, lr=lr, momentum=momentum)
         return
-    _plain_step(list(params), list(grads), list(buffers), list(scales), list(decays), lr, momentum, nesterov)
+    for param, grad, buffer, scale, decay in zip(params, grads, buffers, scales, decays, strict=True):
+        if fused_kernels.scale_is_exact(scale):
+            fused_kernels.momentum_(
+                [param], [grad], [buffer], lr=lr, momentum=momentum, scale=scale, weight_decay=decay / scale
+            )
+        else:
+            _plain_step([param], [grad], [buffer], [scale], [decay], lr=lr, momentum=momentum)
 
 
 def _plain_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    scales: list[Any],
-    decays: list[Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    scales: Sequence[Any],
+    decays: Sequence[Any],
+    *,
     lr: float | Tensor,
     momentum: float,
-    nesterov: bool,
+    nesterov: bool = False,
 ) -> None:
-    updates = torch._foreach_mul(grads, scales)
-    torch._foreach_add_(updates, torch._foreach_mul(params, decays))
-    torch._foreach_mul_(buffers, momentum)
-    torch._foreach_add_(buffers, updates)
+    x, buffer = list(params), list(buffers)
+    updates = torch._foreach_mul(list(grads), list(scales))
+    torch._foreach_add_(updates, torch._foreach_mul(x, list(decays)))
+    torch._foreach_mul_(buffer, momentum)
+    torch._foreach_add_(buffer, updates)
     if nesterov:
-        torch._foreach_add_(updates, torch._foreach_mul(buffers, momentum))
-    torch._foreach_sub_(params, torch._foreach_mul(updates if nesterov else buffers, lr))
+        torch._foreach_add_(updates, torch._foreach_mul(buffer, momentum))
+    torch._foreach_sub_(x, torch._foreach_mul(updates if nesterov else buffer, lr))

@@ -17,8 +17,7 @@ Its equations 5 and 6 have eps under the root (``eps_in_root``); algorithm 1, fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lbzoo.optim.batch import Batch
-from lbzoo.optim.elementwise import as_column, run, sweep
+from lbzoo.optim.elementwise import as_column, sweep
 from lbzoo.optim.info import register_optimizer
 from lbzoo.optim.layerwise import LayerwiseOptimizer, norms_of_change
 from lbzoo.optim.momentum import momentum_step
@@ -67,11 +66,11 @@ def novograd(
     # m = b1 m + weight (grad_scale g + weight_decay x)
     weights = torch.where(first, torch.ones_like(v), 1 - betas[0]) if ema else torch.ones_like(v)
     decays = weights * (0.0 if decoupled else weight_decay)
-    kernel = partial(momentum_step, lr=lr, momentum=betas[0])
-    if decoupled:
-        kernel = partial(_shrink_and_step, shrink=1 - lr * weight_decay, step=kernel)
     before = [param.clone() for param in params] if report and decoupled else []
-    run(kernel, [params, grads, exp_avgs, as_column(weights * grad_scales, params), as_column(decays, params)])
+    if decoupled:
+        torch._foreach_mul_(list(params), 1 - lr * weight_decay)
+    columns = [params, grads, exp_avgs, as_column(weights * grad_scales, params), as_column(decays, params)]
+    momentum_step(*columns, lr=lr, momentum=betas[0])
     if not report:
         return {}
     (direction_norms,) = yield sweep(None, [exp_avgs], norms_of=[0])
@@ -90,13 +89,6 @@ def _second_moments(exp_avg_sqs: Sequence[Tensor], squares: Tensor, beta2: float
 
 def _stacked(scalars: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(scalars)).to(like.dtype)
-
-
-def _shrink_and_step(
-    params: Sequence[Tensor], *columns: Any, shrink: float | Tensor, step: Callable[..., None]
-) -> None:
-    torch._foreach_mul_(list(params), shrink)
-    step(params, *columns)
 
 
 @register_optimizer(

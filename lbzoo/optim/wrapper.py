@@ -132,7 +132,8 @@ class OptimizerWrapper(Optimizer):
         return make_batches(self.param_groups, self._state_of, self.new_state)
 
     def _state_of(self, param: Tensor, group: int, position: int) -> dict[str, Any]:
-        refuse_sparse_gradient(param, param_name(self.param_groups, group, position), type(self).__name__)
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            refuse_sparse_gradient(param_name(self.param_groups, group, position), type(self).__name__)
         held: dict[str, Any] = self.state.get(param, {})
         if all(key in held for key in self.state_keys):
             return held
