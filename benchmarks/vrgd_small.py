@@ -4,249 +4,72 @@
     python benchmarks/vrgd_small.py --processes 2
     python benchmarks/vrgd_small.py --report           # the tables of what there is
 
-Every run is a cell of a grid: an optimizer, a variant, a global batch size and a seed. Its settings come from
-``recipes/vrgd_resnet_digits.yaml`` by the overrides of :meth:`Cell.overrides`, so ``lbzoo fit`` with the same overrides
-trains the same weights (tests/models/test_vrgd_small.py); here a plain loop does it, which starts faster. The variants:
-
-``base``        the optimizer.
-``vr``          its VR form: gradients times r, the clipped and normalised GSNR of each element (for Adam and LAMB, its
-                average over the steps).
-``lower_lr``    the optimizer at the learning rate times the mean of r over all elements and steps of the cell's ``vr``.
-``permuted``    the VR form with the GSNR permuted within each tensor, by one permutation for the whole run: the same
-                values of r, also over time, on the wrong elements.
-
-Every finished run is a line of the JSON-lines file, which is where a second start goes on. Weights and sampling order
-follow from the seed alone, so that variants are compared seed by seed.
+First each optimizer's learning rate is tuned at the smallest batch, without VR; then every cell is run; and then the
+largest batch at other learning rates. Every finished run is a line of the JSON-lines file beside the page, which is
+where a second start goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
-import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import machine, result_file
-from torch import Tensor
+from vrgd_small_cells import (
+    BASE_BATCH,
+    BATCHES,
+    OPTIMIZERS,
+    SEEDS,
+    SWEEP_FACTORS,
+    SWEEP_SEEDS,
+    TUNING_SEED,
+    VARIANTS,
+    Cell,
+    train,
+)
+from vrgd_small_tables import Results, report, tuned_lr, tuning_rows
 
-import lbzoo
-from lbzoo import scaling
-from lbzoo.data.rng import stable_rng
-from lbzoo.data.sampling import StreamSampler
-from lbzoo.optim.vr import Statistics, VarianceReduced
-from lbzoo.recipe import build_data, build_schedule, build_task, load_recipe, optimizer_factory
-from lbzoo.tasks.base import Task
-
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "vrgd_resnet_digits.yaml"
-GRADIENTS = 8  # k, at every batch size
-BASE_BATCH = 64  # the learning rates are tuned here
-BATCHES = (64, 256, 512, 1408)  # the last is the largest multiple of 64 in the 1437 training images
-PAPER_BATCHES = {64: (256,), 256: (1024,), 512: (2048,), 1408: (4096, 8192)}  # as many times the smallest batch
-SEEDS = (0, 1, 2, 3, 4)
-TUNING_SEED = 100
-VARIANTS = ("base", "vr", "lower_lr", "permuted")  # in the order in which a cell needs them
-PERCENT = 100.0
-
-# As is usual, layer-wise adaptation leaves out biases and batch normalisation.
-NOT_ADAPTED = {"param_rules": [{"match": ["*.bias", "*.bn?.weight"], "adapt": False}]}
+from lbzoo.engines.run_folder import environment
 
 
-@dataclass(frozen=True)
-class BaseOptimizer:
-    """A base optimizer: its options, and the learning rates that are tried at BASE_BATCH."""
+def tuning_cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """The tuning runs that are missing: base optimizers at the base batch, with a seed that is not used again.
 
-    options: Mapping[str, Any]
-    learning_rates: tuple[float, ...]
-
-
-OPTIMIZERS = {
-    "momentum": BaseOptimizer({"momentum": 0.9, "weight_decay": 0.0}, (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)),
-    "adam": BaseOptimizer({"weight_decay": 0.0}, (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)),
-    "lamb": BaseOptimizer({"weight_decay": 0.0, **NOT_ADAPTED}, (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)),
-    "lars": BaseOptimizer(
-        {"momentum": 0.9, "weight_decay": 0.0, "trust_coefficient": 0.02, **NOT_ADAPTED},
-        (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run. ``base_lr`` belongs to BASE_BATCH; ``lr_factor`` is what ``lower_lr`` multiplies it by."""
-
-    optimizer: str
-    variant: str
-    global_batch_size: int
-    seed: int
-    base_lr: float
-    lr_factor: float = 1.0
-
-    @property
-    def lr(self) -> float:
-        """The peak learning rate: square-root scaling from BASE_BATCH."""
-        sizes = {"base_global_batch_size": BASE_BATCH, "global_batch_size": self.global_batch_size}
-        return self.lr_factor * scaling.scaled_lr(self.base_lr, rule="sqrt", **sizes)
-
-    @property
-    def is_vr(self) -> bool:
-        return self.variant in ("vr", "permuted")
-
-    def overrides(self) -> list[str]:
-        """The recipe's values that make it this run."""
-        values = {
-            "seed": self.seed,
-            "data.global_batch_size": self.global_batch_size,
-            "data.micro_batch_size": self.global_batch_size // GRADIENTS,
-            "optimizer.name": ("vr_" if self.is_vr else "") + self.optimizer,
-            "optimizer.lr": self.lr,
-            **{f"optimizer.{option}": value for option, value in OPTIMIZERS[self.optimizer].options.items()},
-        }
-        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-# --- One run ----------------------------------------------------------------------------------------------------------
-
-
-def train(cell: Cell, changes: Sequence[str] = ()) -> tuple[Task, dict[str, Any]]:
-    """The trained task, and what was measured. ``changes`` are further overrides of the recipe."""
-    recipe = load_recipe(RECIPE, [*cell.overrides(), *changes])
-    (stage,) = recipe.stages
-    begin = time.process_time()
-    torch.manual_seed(recipe.seed)
-    task = build_task(stage)
-    task.bind(optimizer_factory(stage), build_schedule(stage))
-    configured = task.configure_optimizers()
-    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    factors = attach_statistics(task, optimizer, cell) if cell.is_vr else None
-
-    data = build_data(stage)
-    samples = data.train_dataset(seed=recipe.seed)
-    sampler = StreamSampler(
-        num_samples=len(samples),
-        global_batch_size=stage.global_batch_size,
-        micro_batch_size=stage.micro_batch_size,
-        seed=recipe.seed,
-        steps=stage.steps,
-    )
-    task.train()
-    for step in range(stage.steps):
-        for shard in sampler.shards:
-            batch = samples.__getitems__(sampler.micro_batch(step, shard))
-            (task.training_step(batch, shard) / sampler.num_shards).backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-
-    train_accuracy, train_loss = evaluate(task, *samples.tensors)
-    test_accuracy, test_loss = evaluate(task, *data.val_dataset().tensors)
-    return task, {
-        "steps": stage.steps,
-        "lr": cell.lr,
-        "train_accuracy": train_accuracy,
-        "train_loss": train_loss,
-        "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
-        "mean_r": None if factors is None else factors.mean,
-        "cpu_seconds": round(time.process_time() - begin, 2),
-    }
-
-
-@torch.no_grad()
-def evaluate(task: Task, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(accuracy in percent, cross-entropy without smoothing), in evaluation mode."""
-    task.eval()
-    logits = torch.cat([task(part) for part in images.split(512)]).double()
-    accuracy = PERCENT * (logits.argmax(dim=1) == labels).double().mean().item()
-    return accuracy, torch.nn.functional.cross_entropy(logits, labels).item()
-
-
-def attach_statistics(task: Task, optimizer: VarianceReduced, cell: Cell) -> Factors:
-    """Give a VR optimizer the statistics of its variant, and watch what it makes of them."""
-    stats: Statistics = lbzoo.GradientStats(task)
-    optimizer.attach_stats(Permuted(stats, cell.seed) if cell.variant == "permuted" else stats)
-    return Factors(optimizer)
-
-
-class Permuted:
-    """Statistics whose GSNR is permuted within each tensor, by one permutation for as long as this object lives.
-
-    Normalising by the tensor's mean, clipping, and averaging over the steps all commute with it, so the factors r are
-    those of the true statistics, on other elements.
+    After the grid of each optimizer, one value beyond it for as long as the best one stands at an end.
     """
-
-    def __init__(self, stats: Statistics, seed: int) -> None:
-        self.stats, self.seed = stats, seed
-        self._orders: dict[Tensor, Tensor] = {}
-
-    @property
-    def num_gradients(self) -> int:
-        return self.stats.num_gradients
-
-    def require(self, parameters: Sequence[Tensor]) -> int:
-        return self.stats.require(parameters)
-
-    def take_gsnr(self, parameter: Tensor) -> Tensor:
-        values = self.stats.take_gsnr(parameter)
-        if parameter not in self._orders:
-            order = stable_rng(self.seed, len(self._orders)).permutation(parameter.numel())
-            self._orders[parameter] = torch.from_numpy(order)
-        # In place, since the layout of the memory (channels last) has to stay.
-        return values.copy_(values.reshape(-1)[self._orders[parameter]].view(values.shape))
-
-    def reset(self) -> None:
-        self.stats.reset()
+    cells = []
+    for name, optimizer in OPTIMIZERS.items():
+        tried = {row["base_lr"] for row in tuning_rows(name, rows)}
+        missing = [lr for lr in optimizer.learning_rates if lr not in tried]
+        if not missing:
+            best = tuned_lr(name, rows)
+            missing = [2 * best] if best == max(tried) else [best / 2] if best == min(tried) else []
+        cells += [Cell(name, "base", BASE_BATCH, TUNING_SEED, lr) for lr in missing]
+    return cells
 
 
-class Factors:
-    """What a VR optimizer multiplies its gradients by, as the optimizer inside sees it."""
-
-    def __init__(self, optimizer: VarianceReduced) -> None:
-        self.means: list[float] = []
-        self.last: list[Tensor] = []
-        self._given: list[tuple[Tensor, Tensor]] = []
-        self._optimizer = optimizer
-        optimizer.register_step_pre_hook(self._remember)
-        optimizer.base.register_step_pre_hook(self._compare)
-
-    @property
-    def mean(self) -> float:
-        """Over all elements that had a gradient, and over the steps."""
-        return statistics.fmean(self.means)
-
-    def _remember(self, *_: Any) -> None:
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
-        self._given = [(param, param.grad) for param in params if param.grad is not None]
-
-    def _compare(self, *_: Any) -> None:
-        self.last = [(param.grad / given).reshape(-1) for param, given in self._given]  # 0 / 0 is NaN
-        self.means.append(torch.cat(self.last).nanmean().item())
-
-
-# --- All runs ---------------------------------------------------------------------------------------------------------
-
-
-def tuning_cells() -> list[Cell]:
-    """Each base optimizer over its learning rates, at the base batch, with a seed that is not used again."""
-    return [
-        Cell(name, "base", BASE_BATCH, TUNING_SEED, lr)
-        for name, optimizer in OPTIMIZERS.items()
-        for lr in optimizer.learning_rates
+def sweep_cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """The largest batch at other learning rates than the scaled one, with and without VR; those that are missing."""
+    tuned = {name: tuned_lr(name, rows) for name in OPTIMIZERS}
+    cells = [
+        Cell(name, variant, BATCHES[-1], seed, tuned[name], factor)
+        for seed in SWEEP_SEEDS
+        for name in OPTIMIZERS
+        for variant in ("base", "vr")
+        for factor in SWEEP_FACTORS
     ]
-
-
-def tuned_lr(name: str, rows: Sequence[Mapping[str, Any]]) -> float:
-    """The learning rate of the lowest held-out loss: finer than an accuracy on 360 images."""
-    tried = [row for row in rows if row["seed"] == TUNING_SEED and row["optimizer"] == name]
-    return float(min(tried, key=lambda row: row["test_loss"])["base_lr"])
+    done = [{key: row[key] for key in asdict(cells[0])} for row in rows]
+    return [cell for cell in cells if asdict(cell) not in done]
 
 
 def run_block(
@@ -263,41 +86,47 @@ def run_block(
 
 def run_cell(cell: Cell, file: Path) -> dict[str, Any]:
     """Train, and add the row to the file."""
-    row = {**asdict(cell), **train(cell)[1]}
+    row = {**asdict(cell), **train(cell)[1], "commit": _commit()}
     with file.open("a", encoding="utf-8") as rows:
         rows.write(json.dumps(row) + "\n")  # one write of less than a page: whole beside those of other processes
     return row
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The finished runs. A line that was cut off by a kill is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"{file}: left out a broken line: {line[:60]}", file=sys.stderr)
-    return rows
+    """The finished runs."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def drop_unfinished_line(file: Path) -> None:
+    """What a kill in the middle of writing has left."""
+    if file.exists():
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
 
 def run_all(file: Path, processes: int) -> None:
     """Tune, then train every cell, seed by seed; what stands in the file is not run again."""
+    drop_unfinished_line(file)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        done = {(row["optimizer"], row["base_lr"]) for row in read_rows(file) if row["seed"] == TUNING_SEED}
-        missing = [cell for cell in tuning_cells() if (cell.optimizer, cell.base_lr) not in done]
-        _wait("tuning runs", [pool.submit(run_cell, cell, file) for cell in missing])
+        while cells := tuning_cells(read_rows(file)):
+            _wait("tuning runs", [pool.submit(run_cell, cell, file) for cell in cells])
 
         rows = read_rows(file)
-        blocks = [(name, size, seed) for seed in SEEDS for size in BATCHES for name in OPTIMIZERS]
-        jobs = []
-        for name, size, seed in blocks:
-            block = [
-                row for row in rows if (row["optimizer"], row["global_batch_size"], row["seed"]) == (name, size, seed)
-            ]
-            done_variants = {row["variant"]: row for row in block}
-            if set(VARIANTS) - done_variants.keys():
-                jobs.append(pool.submit(run_block, name, size, seed, tuned_lr(name, rows), done_variants, file))
+        results, jobs = Results(rows), []
+        for seed, size, name in itertools.product(SEEDS, BATCHES, OPTIMIZERS):
+            done = results.finished(name, size, seed)
+            if len(done) < len(VARIANTS):
+                jobs.append(pool.submit(run_block, name, size, seed, tuned_lr(name, rows), done, file))
         _wait("cells of four runs", jobs)
+
+        cells = sweep_cells(read_rows(file))
+        _wait("runs at other learning rates", [pool.submit(run_cell, cell, file) for cell in cells])
+
+
+@functools.cache
+def _commit() -> str | None:
+    commit: str | None = environment()["commit"]
+    return commit
 
 
 def _one_thread() -> None:
@@ -324,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows_file.parent.mkdir(exist_ok=True)
     if not chosen.report:
         run_all(rows_file, chosen.processes)
+    text = report(read_rows(rows_file), rows_file.name)
+    page.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
