@@ -99,6 +99,8 @@ class VarianceReduced(OptimizerWrapper):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # What the statistics tell is known to Python only: compiled, the step would silently go without its averages.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say its type
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step. ``closure``, run first and with gradients enabled, computes the loss, which is returned."""
         loss = None

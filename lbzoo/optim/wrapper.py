@@ -86,9 +86,10 @@ class OptimizerWrapper(Optimizer):
 
     def _process(self, batch: Batch) -> Rule:
         batch.load(getattr(self, "grad_scale", None))
-        if not self.track_layer_stats:
-            yield from self.rule(batch)
-            return {}
+        # Handed on as it is: torch.compile cannot trace `yield from` into a rule that yields nothing.
+        return self._rule_with_norms(batch) if self.track_layer_stats else self.rule(batch)
+
+    def _rule_with_norms(self, batch: Batch) -> Rule:
         param_norms, grad_norms = yield sweep(None, [batch.params, batch.grads], norms_of=[0, 1])
         report = yield from self.rule(batch)
         return {**report, "param_norm": param_norms, "grad_norm": grad_norms}
