@@ -113,7 +113,7 @@ def run_all(file: Path, processes: int) -> None:
 
         rows = read_rows(file)
         results, jobs = Results(rows), []
-        for seed, size, name in itertools.product(SEEDS, BATCHES, OPTIMIZERS):
+        for seed, size, name in itertools.product(SEEDS, reversed(BATCHES), OPTIMIZERS):  # the short ones first
             done = results.finished(name, size, seed)
             if len(done) < len(VARIANTS):
                 jobs.append(pool.submit(run_block, name, size, seed, tuned_lr(name, rows), done, file))

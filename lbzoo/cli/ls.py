@@ -17,6 +17,7 @@ class Kind(StrEnum):
     data = "data"
     callbacks = "callbacks"
     schedules = "schedules"
+    models = "models"
 
 
 def ls(
@@ -24,7 +25,7 @@ def ls(
     pattern: Annotated[str, typer.Argument(help="A glob on the names, such as 'resnet50_*'.")] = "*",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List recipes, optimizers, tasks, data sets, callbacks or schedules."""
+    """List recipes, optimizers, tasks, data sets, callbacks, schedules or models of our own."""
     entries = _recipes(pattern) if kind is Kind.recipes else _components(kind, pattern)
     if json:
         print_json(entries)

@@ -23,7 +23,7 @@ def test_recipes_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert "NovoGrad tables 2-3: top-1 75.78" in lines[2]
 
 
-@pytest.mark.parametrize("kind", ["optimizers", "tasks", "data", "callbacks", "schedules"])
+@pytest.mark.parametrize("kind", ["optimizers", "tasks", "data", "callbacks", "schedules", "models"])
 def test_components(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     ls(Kind(kind), json=True)
     entries = json.loads(capsys.readouterr().out)
@@ -59,7 +59,7 @@ def test_imports_nothing_heavy(tmp_path: Path) -> None:
     program = f"""
 import sys
 from lbzoo.cli import main
-for kind in ("recipes", "optimizers", "tasks", "data", "callbacks", "schedules"):
+for kind in ("recipes", "optimizers", "tasks", "data", "callbacks", "schedules", "models"):
     try:
         main(["ls", kind])
     except SystemExit as leave:
