@@ -63,7 +63,8 @@ def page() -> Iterator[str]:
     yield f"its slow checks; {date.today().isoformat()}, {_versions()}."
     yield "On a CPU, learning rate 0.1, default options but for those named; `lbzoo optim check NAME` gives one row."
     yield "A check that does not apply is not counted: most optimizers publish no layer statistics, or have only one"
-    yield "implementation."
+    yield "implementation. The wrappers `larc_` and `vr_` go around every name, and share what it has; a few are here."
+    yield "`vr_` optimizers step on statistics that are made up."
     yield from _section("The zoo's layer-wise optimizers", ours)
     yield from _section("torch's optimizers under the zoo's names", natives)
     yield from _section("Peers", PEERS)
