@@ -4,9 +4,9 @@
     python benchmarks/vrgd_small.py --processes 2
     python benchmarks/vrgd_small.py --report           # the tables of what there is
 
-First each optimizer's learning rate is tuned at the smallest batch, without VR; then every cell is run; and then the
-largest batch at other learning rates. Every finished run is a line of the JSON-lines file beside the page, which is
-where a second start goes on.
+First each optimizer's learning rate is tuned at the smallest batch, without VR; then the cells are run, and the largest
+batch at other learning rates. Every finished run is a line of the JSON-lines file beside the page, which is where a
+second start goes on.
 """
 
 from __future__ import annotations
@@ -105,22 +105,27 @@ def drop_unfinished_line(file: Path) -> None:
 
 
 def run_all(file: Path, processes: int) -> None:
-    """Tune, then train every cell, seed by seed; what stands in the file is not run again."""
+    """Tune, then train everything, seed by seed; what stands in the file is not run again."""
     drop_unfinished_line(file)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
         while cells := tuning_cells(read_rows(file)):
             _wait("tuning runs", [pool.submit(run_cell, cell, file) for cell in cells])
 
-        rows = read_rows(file)
-        results, jobs = Results(rows), []
-        for seed, size, name in itertools.product(SEEDS, reversed(BATCHES), OPTIMIZERS):  # the short ones first
-            done = results.finished(name, size, seed)
-            if len(done) < len(VARIANTS):
-                jobs.append(pool.submit(run_block, name, size, seed, tuned_lr(name, rows), done, file))
-        _wait("cells of four runs", jobs)
-
+        # The smallest batch takes most of the time and has the least to say: last.
+        _run_grid(BATCHES[1:], file, pool)
         cells = sweep_cells(read_rows(file))
         _wait("runs at other learning rates", [pool.submit(run_cell, cell, file) for cell in cells])
+        _run_grid(BATCHES[:1], file, pool)
+
+
+def _run_grid(sizes: Sequence[int], file: Path, pool: ProcessPoolExecutor) -> None:
+    rows = read_rows(file)
+    results, jobs = Results(rows), []
+    for seed, size, name in itertools.product(SEEDS, reversed(sizes), OPTIMIZERS):
+        done = results.finished(name, size, seed)
+        if len(done) < len(VARIANTS):
+            jobs.append(pool.submit(run_block, name, size, seed, tuned_lr(name, rows), done, file))
+    _wait(f"cells of four runs at batches {sizes}", jobs)
 
 
 @functools.cache

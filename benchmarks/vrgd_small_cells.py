@@ -42,7 +42,7 @@ BATCHES = (64, 256, 512, 1408)  # the last is the largest multiple of 64 in the 
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 SWEEP_SEEDS = (0, 1, 2)
-SWEEP_FACTORS = (0.0625, 0.25, 0.5, 2.0)  # times the scaled learning rate, at the largest batch
+SWEEP_FACTORS = (0.0625, 0.25)  # times the scaled learning rate, at the largest batch
 VARIANTS = ("base", "vr", "lower_lr", "permuted")  # in the order in which a cell needs them
 PERCENT = 100.0
 

@@ -122,10 +122,15 @@ def accuracy_table(results: Results) -> str:
         steps = results.values("steps", name, size, "base").values()
         mean_r = list(results.values("mean_r", name, size, "vr").values())
         accuracies = [_mean_and_deviation(results.values("test_accuracy", name, size, each)) for each in VARIANTS]
-        lines.append(
-            [name, size, next(iter(steps), ""), *accuracies, f"{statistics.fmean(mean_r):.2f}" if mean_r else ""]
-        )
-    return _table(["optimizer", "batch", "steps", *VARIANTS, "mean r"], lines)
+        mean = f"{statistics.fmean(mean_r):.2f}" if mean_r else ""
+        lines.append([name, size, next(iter(steps), ""), _seeds(results, name, size), *accuracies, mean])
+    return _table(["optimizer", "batch", "steps", "n", *VARIANTS, "mean r"], lines)
+
+
+def _seeds(results: Results, optimizer: str, global_batch_size: int) -> str:
+    """How many seeds each variant was run with: one number where it is one."""
+    counts = [len(results.values("test_accuracy", optimizer, global_batch_size, variant)) for variant in VARIANTS]
+    return str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
 
 
 def difference_table(results: Results, key: str) -> str:
