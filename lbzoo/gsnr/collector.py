@@ -22,46 +22,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from lbzoo.errors import UsageError
-from lbzoo.gsnr.ddp import DDPBackend
 from lbzoo.gsnr.fsdp import FSDPBackend
-from lbzoo.gsnr.local import LocalBackend, Switch
+from lbzoo.gsnr.layout import Backend, backend_for, named_parameters, pool_size
 from lbzoo.gsnr.noise import NoiseAverages
 from lbzoo.gsnr.sums import GradientSums, gsnr_, norm_of, variance
 from lbzoo.gsnr.unseen import refuse_unseen
-from lbzoo.sharding import (
-    ShardGroups,
-    data_parallel_ranks,
-    is_sharded,
-    local_gradient,
-    reduce_over_shards,
-    refuse_flat_parameter,
-    shard_groups,
-    with_local,
-)
-
-
-class Backend(Protocol):
-    """How gradients are seen and their squares added up over the ranks. ``ranks``: those with samples of their own."""
-
-    switch: Switch
-
-    @property
-    def ranks(self) -> int: ...
-
-    def finish(self, all_sums: Sequence[GradientSums]) -> None:
-        """Complete the sums before they are read, on every rank."""
-
-    def detach(self) -> None:
-        """Stop, and leave the model as it was."""
+from lbzoo.sharding import ShardGroups, local_gradient, reduce_over_shards, shard_groups, with_local
 
 
 class GradientStats:
@@ -94,16 +65,16 @@ class GradientStats:
             raise UsageError(f"GradientStats: noise_decay must be at least 0 and below 1, got {noise_decay}")
         if attached_stats(model) is not None:
             raise UsageError("GradientStats: this model has one already; share it, or detach() it first")
-        parameters = {name: p for name, p in _named_parameters(model) if p.requires_grad}
+        parameters = {name: p for name, p in named_parameters(model) if p.requires_grad}
         left_out = refuse_unseen(model, parameters)
         self._sums = {name: GradientSums(name, p) for name, p in parameters.items() if name not in left_out}
         self._of_parameter = {sums.parameter: sums for sums in self._sums.values()}
         self.groups, self.micro_batch_size, self.micro_batches = groups, micro_batch_size, micro_batches
-        make_backend, ranks = _backend_for(model, list(self._sums.values()))
-        self._backend: Backend = make_backend(_pool_size(groups, micro_batches, ranks))
+        make_backend, ranks = backend_for(model, list(self._sums.values()))
+        self._backend: Backend = make_backend(pool_size(groups, micro_batches, ranks))
         self._noise = NoiseAverages(noise_decay)
-        self._finished_at = -1
-        self._noise_observed_at = -1
+        self._finished_at = self._noise_observed_at = -1  # values of _version()
+        self._passes_to_take = 0
         self._model = weakref.ref(model)
         _attached[model] = self
 
@@ -136,23 +107,12 @@ class GradientStats:
 
     def mean_gsnr_per_layer(self) -> dict[str, Tensor]:
         """The mean GSNR of each parameter tensor, 0-dim, over the elements that have one. One all_reduce if sharded."""
-        layers, passes = self._complete(), self._passes()
-        rows = []
-        for sums in layers:
-            values = _gsnr(sums, passes, _squares(sums).clone())
-            rows.append(torch.stack([values.nansum(), values.isfinite().sum()]))
-        totals, counts = self._over_shards(layers, rows)
-        return dict(zip([sums.name for sums in layers], (totals / counts).float().unbind(), strict=True))
+        return self._mean_over_elements(lambda gsnr, _: gsnr)
 
     def share_at(self, gamma: float) -> dict[str, Tensor]:
         """By parameter: the share of elements whose GSNR is at most ``gamma`` times the mean, 0-dim."""
-        layers, passes, means = self._complete(), self._passes(), self.mean_gsnr_per_layer()
-        rows = []
-        for sums in layers:
-            values = _gsnr(sums, passes, _squares(sums).clone())
-            rows.append(torch.stack([(values <= gamma * means[sums.name]).sum(), values.isfinite().sum()]))
-        low, counts = self._over_shards(layers, rows)
-        return dict(zip([sums.name for sums in layers], (low / counts).float().unbind(), strict=True))
+        means = self.mean_gsnr_per_layer()
+        return self._mean_over_elements(lambda gsnr, name: gsnr <= gamma * means[name])
 
     def observe_noise(self) -> None:
         """Add the window to the averages of the noise scale, once. Nothing is read back from the device."""
@@ -193,10 +153,10 @@ class GradientStats:
     def take_gsnr(self, parameter: Tensor) -> Tensor:
         """This rank's part of the parameter's GSNR, made in the memory of the sums, which are gone then.
 
-        For optimizers: they may write to what they get, and call :meth:`reset` after.
+        For optimizers, after :meth:`require`: they may write to what they get, and call :meth:`reset` in the end.
         """
         sums = self._of_parameter[parameter]
-        values = _gsnr(sums, self._passes(), _squares(sums))
+        values = _gsnr(sums, self._passes_to_take, _squares(sums))
         sums.squares = None
         return values
 
@@ -210,6 +170,7 @@ class GradientStats:
                 f"GradientStats does not see {len(unknown)} parameters of the optimizer (of shapes {shapes}): "
                 "make it of the model that the optimizer trains, after both were wrapped"
             )
+        self._passes_to_take = self._passes()
         return self.num_gradients
 
     def pause(self) -> None:
@@ -280,7 +241,7 @@ class GradientStats:
     def _check_groups(self, gradients: int, passes: int) -> None:
         """Fewer gradients than groups are right in one case: the loop has cut the last window of an epoch short."""
         expected = self.micro_batches or passes
-        whole_pools = passes % _pool_size(self.groups, self.micro_batches, self._backend.ranks) == 0
+        whole_pools = passes % pool_size(self.groups, self.micro_batches, self._backend.ranks) == 0
         if passes < expected and (whole_pools or not isinstance(self._backend, FSDPBackend)):
             return
         if self.micro_batches is None:
@@ -295,6 +256,16 @@ class GradientStats:
     def _by_name(self, compute: Callable[[GradientSums, int], Tensor]) -> dict[str, Tensor]:
         layers, passes = self._complete(), self._passes()
         return {sums.name: with_local(sums.parameter, compute(sums, passes)) for sums in layers}
+
+    def _mean_over_elements(self, measure: Callable[[Tensor, str], Tensor]) -> dict[str, Tensor]:
+        """By parameter: the mean of ``measure(gsnr, name)`` over the elements that have a GSNR."""
+        layers, passes = self._complete(), self._passes()
+        rows = []
+        for sums in layers:
+            gsnr = _gsnr(sums, passes, _squares(sums).clone())
+            rows.append(torch.stack([measure(gsnr, sums.name).nansum(), gsnr.isfinite().sum()]))
+        totals, counts = self._over_shards(layers, rows)
+        return dict(zip([sums.name for sums in layers], (totals / counts).float().unbind(), strict=True))
 
     def _energies(self, layers: Sequence[GradientSums]) -> tuple[Tensor, Tensor]:
         """(|mean|^2, the variances summed) of each layer, [layers] each, in double."""
@@ -331,56 +302,6 @@ _attached: weakref.WeakKeyDictionary[nn.Module, GradientStats] = weakref.WeakKey
 def attached_stats(model: nn.Module) -> GradientStats | None:
     """The GradientStats that was made of ``model`` and not detached."""
     return _attached.get(model)
-
-
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By the names that they have in the model without its wrappers; tied ones once."""
-    for name, parameter in _unwrap(model).named_parameters():
-        yield name.replace("_orig_mod.", ""), parameter
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
-    return model
-
-
-def _backend_for(model: nn.Module, all_sums: list[GradientSums]) -> tuple[Callable[[int], Backend], int]:
-    """(what makes the back-end, given the size of a pool; its number of ranks)."""
-    for sums in all_sums:
-        refuse_flat_parameter(sums.parameter, sums.name)
-    compiled = getattr(model, "_orig_mod", model)
-    if isinstance(compiled, DistributedDataParallel):
-        ddp = compiled
-        return lambda pool: DDPBackend(ddp, all_sums, pool), dist.get_world_size(ddp.process_group)
-    sharded = [sums.parameter for sums in all_sums if is_sharded(sums.parameter)]
-    if sharded:
-        if not any(isinstance(module, FSDPModule) for module in model.modules()):
-            raise UsageError("GradientStats: the parameters are sharded, but not by fully_shard (FSDP2)")
-        return lambda pool: FSDPBackend(model, all_sums, pool), data_parallel_ranks(sharded)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise UsageError(
-            f"GradientStats was given a bare module in a process group of {dist.get_world_size()} ranks, whose other "
-            "gradients it would not see: give it what is trained, the DistributedDataParallel around the module or the "
-            "module after fully_shard"
-        )
-    return lambda pool: LocalBackend(all_sums, pool), 1
-
-
-def _pool_size(groups: int | None, micro_batches: int | None, ranks: int) -> int:
-    """How many backward passes of a rank count as one gradient."""
-    if groups is None:
-        return 1
-    if groups % ranks:
-        raise UsageError(f"GradientStats: groups={groups} is not a multiple of the {ranks} ranks")
-    per_rank = groups // ranks
-    if micro_batches is None:
-        return 1
-    if micro_batches % per_rank:
-        raise UsageError(
-            f"GradientStats: {micro_batches} micro-batches on each of {ranks} ranks do not make groups={groups}"
-        )
-    return micro_batches // per_rank
 
 
 def _check_at_least_one(**values: int | None) -> None:
