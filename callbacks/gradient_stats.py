@@ -63,8 +63,7 @@ def share_stats(trainer: TrainerView, *, groups: int | None = None) -> SharedSta
 
     Raises UsageError where ``groups`` is not that of the statistics that are there.
     """
-    model = trainer.model
-    assert model is not None
+    model = _trained_model(trainer)
     shared = _shared.get(model)
     existing = attached_stats(model)
     if shared is None or shared.stats is not existing:
@@ -78,6 +77,10 @@ def share_stats(trainer: TrainerView, *, groups: int | None = None) -> SharedSta
             f"groups={groups} before the others that use GradientStats"
         )
     return shared
+
+
+def _trained_model(trainer: TrainerView) -> nn.Module:
+    return trainer.model if trainer.model is not None else trainer.lightning_module
 
 
 class StatisticsCallback(Callback):
@@ -168,6 +171,6 @@ class StatsForOptimizers(StatisticsCallback):
     def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if any(hasattr(unwrap(optimizer), "attach_stats") for optimizer in trainer.optimizers):
             super().on_train_start(trainer, pl_module)
-        stats = attached_stats(trainer.model) if trainer.model is not None else None
+        stats = attached_stats(_trained_model(trainer))
         if stats is not None and stats.micro_batch_size is None:
             stats.micro_batch_size = self.micro_batch_size
