@@ -41,6 +41,11 @@ def local_gradient(parameter: Tensor) -> Tensor:
     return gradient.to_local()
 
 
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`local` of each."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
 def with_local(tensor: Tensor, shard: Tensor) -> Tensor:
     """A tensor laid out over the ranks as ``tensor`` is, whose part on this rank is ``shard``."""
     if not isinstance(tensor, DTensor):

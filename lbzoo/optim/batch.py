@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lbzoo.optim.elementwise import SMALL, is_dense, same_layout
+from lbzoo.optim.elementwise import SMALL, are_contiguous, is_dense, same_layout
 from lbzoo.optim.state import state_dtype
-from lbzoo.sharding import ShardGroups, local, local_gradient, shard_groups
+from lbzoo.sharding import ShardGroups, local, local_gradient, local_parts, shard_groups
 
 StateOf: TypeAlias = Callable[[Tensor, int, int], dict[str, Any]]  # of (parameter, index of its group, position in it)
 NewState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]  # of (parameter, its group)
@@ -66,7 +66,7 @@ class Batch:
     places: list[tuple[int, int]] = field(default_factory=list)  # (index of the group, position in it)
     columns: list[int] = field(default_factory=list)
     width: int = 0
-    size: int = 0  # elements
+    size: int = 0  # elements on all ranks
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
@@ -75,7 +75,6 @@ class Batch:
         self.states.append(state)
         self.places.append(place)
         self.columns.append(self.width)
-        self.size += owner.numel()
 
     def add_stand_in(self, new_state: NewState) -> None:
         """Give the rule a tensor to run on where no gradient is here: other ranks may wait for its exchange."""
@@ -84,26 +83,25 @@ class Batch:
         self.owners.append(stand_in)
         self.states.append(new_state(stand_in, self.group))
 
-    def has_room(self, tensor: Tensor) -> bool:
-        limit = CPU_LIMIT if tensor.device.type == "cpu" else ACCELERATOR_LIMIT
-        return not self.owners or self.size + tensor.numel() <= limit
-
     def load(self, grad_scale: Tensor | None) -> None:
-        self.params = [_in_full_precision(local(owner)) for owner in self.owners]
-        self.grads = [
-            _gradient_like(param, local_gradient(owner), grad_scale)
-            for owner, param in zip(self.owners, self.params, strict=True)
-        ]
+        params, grads = local_parts(self.owners), [local_gradient(owner) for owner in self.owners]
+        dtype = state_dtype(params[0])  # a batch has one type
+        self.params = [param.to(dtype) for param in params] if params[0].dtype is not dtype else params
+        if grad_scale is not None:
+            grads = [grad.to(dtype) / grad_scale.to(grad.device) for grad in grads]
+        if not (are_contiguous(self.params) and are_contiguous(grads) and all(grad.dtype is dtype for grad in grads)):
+            grads = [_laid_out_as(param, grad) for param, grad in zip(self.params, grads, strict=True)]
+        self.grads = grads
 
     def store(self) -> None:
         """Write copies back, and let go of the tensors."""
-        if self.owners[0].dtype is not self.params[0].dtype:  # a batch has one type
+        if self.owners[0].dtype is not self.params[0].dtype:
             for owner, param in zip(self.owners, self.params, strict=True):
                 local(owner).copy_(param)
         self.params, self.grads = [], []
 
     def state(self, key: str) -> list[Tensor]:
-        return [local(state[key]) for state in self.states]
+        return local_parts(state[key] for state in self.states)
 
     def next_steps(self) -> list[Any]:
         """Count this step for every tensor; the numbers, from 1 (tensors under torch.compile)."""
@@ -143,31 +141,25 @@ def make_batches(
             shards = shard_groups(param)
             if param.grad is None and not (shards and param.requires_grad):
                 continue
-            key = (shards, param.device, param.dtype)
+            device, size = param.device, param.numel()
+            key = (shards, device, param.dtype)
             batch = current.get(key)
-            if batch is None or not (shards or batch.has_room(param)):
-                batch = current[key] = Batch(group, shards, scratch if _alone_on_cpu(param, shards) else None)
+            limit = CPU_LIMIT if device.type == "cpu" else ACCELERATOR_LIMIT
+            if batch is None or (batch.size + size > limit and not shards):
+                own_scratch = scratch if device.type == "cpu" and not shards else None
+                batch = current[key] = Batch(group, shards, own_scratch)
                 batches.append(batch)
             if param.grad is not None:
                 batch.add(param, state_of(param, index, position), (index, position))
             batch.width += 1
+            batch.size += size
         for batch in current.values():
             if not batch.owners:
                 batch.add_stand_in(new_state)
     return batches
 
 
-def _alone_on_cpu(param: Tensor, shards: ShardGroups) -> bool:
-    return param.device.type == "cpu" and not shards
-
-
-def _in_full_precision(param: Tensor) -> Tensor:
-    return param if param.dtype is torch.float32 else param.to(state_dtype(param))
-
-
-def _gradient_like(param: Tensor, grad: Tensor, grad_scale: Tensor | None) -> Tensor:
-    if grad_scale is not None:
-        grad = grad.to(param.dtype) / grad_scale.to(grad.device)
-    if grad.dtype == param.dtype and same_layout(grad, param):
+def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    if grad.dtype is param.dtype and same_layout(grad, param):
         return grad
     return torch.empty_like(param).copy_(grad)

@@ -116,7 +116,7 @@ def _pieces(columns: Sequence[Column], limit: float | None = None) -> Iterator[t
 
 
 def _flattened_where_needed(rows: list[Column]) -> list[Column]:
-    if all(map(_is_contiguous, rows)):
+    if all(map(are_contiguous, rows)):
         return rows
     across = [_flat(list(items)) for items in zip(*rows, strict=True)]
     return [list(row) for row in zip(*across, strict=True)]
@@ -125,7 +125,7 @@ def _flattened_where_needed(rows: list[Column]) -> list[Column]:
 def _cut(rows: list[Column], size: int) -> Iterator[list[Column]]:
     """The one tensor of each row in equal parts of at most PIECE elements; whole where the layouts differ."""
     items = _flat([row[0] for row in rows])
-    if not all(_is_contiguous([item]) for item in items):
+    if not all(are_contiguous([item]) for item in items):
         yield [[item] for item in items]
         return
     count = -(-size // PIECE)
@@ -135,8 +135,8 @@ def _cut(rows: list[Column], size: int) -> Iterator[list[Column]]:
         yield [[part] for part in parts]
 
 
-def _is_contiguous(column: Column) -> bool:
-    """True of numbers."""
+def are_contiguous(column: Column) -> bool:
+    """Whether all tensors are, or it is a column of numbers."""
     return not isinstance(column[0], Tensor) or all(map(Tensor.is_contiguous, column))
 
 

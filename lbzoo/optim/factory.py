@@ -17,7 +17,7 @@ from lbzoo import registry
 from lbzoo.errors import UnknownNameError, UsageError, did_you_mean
 from lbzoo.optim.info import OptimizerInfo, canonical_name
 from lbzoo.param_groups import COMMON_OPTIONS, build_param_groups
-from lbzoo.registry import REQUIRED, Option
+from lbzoo.signatures import REQUIRED, Option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
