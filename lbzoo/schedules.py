@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lbzoo.errors import UsageError, did_you_mean
-from lbzoo.registry import REQUIRED, options_of, register_schedule, schedules
+from lbzoo.registry import register_schedule, schedules
+from lbzoo.signatures import REQUIRED, options_of
 
 Shape = Callable[[int], float]
 DecayFrom = Literal["peak", "start"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lbzoo.errors import UnknownNameError, UsageError
-from lbzoo.registry import REQUIRED, Option, Registry, options_of
+from lbzoo.registry import Registry
+from lbzoo.signatures import REQUIRED, Option, options_of
 
 PACKAGE = {
     "__init__.py": "",

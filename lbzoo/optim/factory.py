@@ -17,7 +17,7 @@ from lbzoo import registry
 from lbzoo.errors import UnknownNameError, UsageError, did_you_mean
 from lbzoo.optim.info import OptimizerInfo, canonical_name
 from lbzoo.param_groups import COMMON_OPTIONS, build_param_groups
-from lbzoo.signatures import REQUIRED, Option
+from lbzoo.signatures import REQUIRED, Option, options_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -52,7 +52,7 @@ def optimizer_options(name: str) -> dict[str, Option]:
     if ":" not in name:
         return dict(registry.optimizers.options(name))
     foreign = _foreign(name)
-    options = registry.options_of(foreign.component)
+    options = options_of(foreign.component)
     return {key: replace(option, default=foreign.defaults.get(key, option.default)) for key, option in options.items()}
 
 

@@ -19,7 +19,7 @@ from lbzoo.recipe.resolved import Component, ResolvedRecipe, Stage
 from lbzoo.recipe.resolving import SINGLE_STAGE
 from lbzoo.recipe.tidying import Kind
 from lbzoo.recipe.writing import to_yaml
-from lbzoo.registry import REQUIRED
+from lbzoo.signatures import REQUIRED
 
 _DEFAULT = Origin("default")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lbzoo import schedules
 from lbzoo.recipe.components import component_class
 from lbzoo.recipe.resolved import ResolvedRecipe, Stage
-from lbzoo.registry import options_of
+from lbzoo.signatures import options_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback

@@ -20,7 +20,7 @@ from lbzoo.recipe.nodes import Node, Problem
 from lbzoo.recipe.resolved import Component
 from lbzoo.recipe.tidying import Kind, correction
 from lbzoo.recipe.validation import shown, validate_value
-from lbzoo.registry import REQUIRED, Option
+from lbzoo.signatures import REQUIRED, Option, options_of
 
 REGISTRIES: Mapping[str, registry.Registry] = {
     "task": registry.tasks,
@@ -190,7 +190,7 @@ def _options_or_none(kind: Kind, name: str | None) -> Mapping[str, Option] | Non
 
 def _foreign_options(component: Any) -> dict[str, Option]:
     """All parameters of a class that is no optimizer: its first one is an option like the others."""
-    options = registry.options_of(component)
+    options = options_of(component)
     try:
         first = next(iter(inspect.signature(component).parameters.values()), None)
     except (TypeError, ValueError):

@@ -11,7 +11,7 @@ from lbzoo.recipe.merging import SHARED_KEYS, STAGE_KEYS
 from lbzoo.recipe.schema import DataSettings, OptimizerSettings, Recipe, ScheduleSettings
 from lbzoo.recipe.tidying import COMPONENTS, Kind
 from lbzoo.recipe.validation import json_schema_of
-from lbzoo.registry import REQUIRED
+from lbzoo.signatures import REQUIRED
 
 _SHARED: dict[Kind, type[BaseModel] | None] = {
     "task": None,

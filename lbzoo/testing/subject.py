@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lbzoo.errors import UsageError, did_you_mean
-from lbzoo.registry import Option, optimizers, options_of
+from lbzoo.registry import optimizers
+from lbzoo.signatures import Option, options_of
 from lbzoo.testing.known_statistics import KnownStatistics
 
 Factory = Callable[..., Optimizer]

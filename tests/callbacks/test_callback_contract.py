@@ -17,7 +17,8 @@ from torch import nn
 
 import lbzoo
 from lbzoo.errors import UsageError
-from lbzoo.registry import REQUIRED, callbacks
+from lbzoo.registry import callbacks
+from lbzoo.signatures import REQUIRED
 
 NAMES = callbacks.names()
 OPTIMIZERS = {

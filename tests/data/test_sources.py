@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from lbzoo.data.base import DataFacts
-from lbzoo.registry import REQUIRED, data
+from lbzoo.registry import data
+from lbzoo.signatures import REQUIRED
 
 NAMES = data.names()
 
