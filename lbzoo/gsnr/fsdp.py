@@ -119,6 +119,18 @@ class _PlainReduction(ReduceScatter):
         return _reduce_scatter(output_tensor, input_tensor, group, op, async_op)
 
 
+def _divisor_before_sum(ranks: int) -> int:
+    """What FSDP2 has divided the gradients by; the squares are by its square. The rest comes after the sum, for both.
+
+    It fears overflow in all types but float32 and bfloat16, so in float64 as well, and divides by a power of two around
+    the root of the number of ranks.
+    """
+    divisor = 1
+    while ranks % divisor == 0 and ranks / divisor > divisor:
+        divisor *= 2
+    return divisor
+
+
 def _reduce_scatter(
     output: Tensor, source: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp, async_op: bool
 ) -> dist.Work | None:
@@ -177,6 +189,8 @@ class _Reduction(ReduceScatter):
         both = gradients.new_empty(self._ranks, 2, gradients.shape[1])
         both[:, 0] = gradients
         self._put_squares(both[:, 1], gradients)
+        if gradients.dtype == torch.float64:
+            both[:, 1] *= _divisor_before_sum(self._backend.ranks)
         return _reduce_scatter(output_tensor, both.view(-1), group, op, async_op)
 
     def next_piece(self, parameter: Tensor) -> Tensor:

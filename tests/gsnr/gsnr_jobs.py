@@ -53,7 +53,13 @@ def wrap(layout: str, model: nn.Module, precision: str = "32") -> nn.Module:
 
 
 def backward_passes(
-    layout: str, model: nn.Module, micro_batches: int, used: int, *, no_sync: bool = True
+    layout: str,
+    model: nn.Module,
+    micro_batches: int,
+    used: int,
+    *,
+    no_sync: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[None]:
     """``used`` of the rank's micro-batches; the loss is divided by their number."""
     x, y = (tensor.chunk(dist.get_world_size())[dist.get_rank()].chunk(micro_batches) for tensor in data())
@@ -61,7 +67,7 @@ def backward_passes(
         last = index == used - 1
         quiet = no_sync and not last and isinstance(model, DistributedDataParallel)
         with model.no_sync() if quiet else contextlib.nullcontext():
-            (loss_of(model, x[index], y[index]) / used).backward()
+            (loss_of(model, x[index].to(dtype), y[index].to(dtype)) / used).backward()
         yield
 
 
@@ -87,11 +93,12 @@ def collect(
 ) -> Result:
     """Statistics of the last of some windows; DDP builds its buckets anew after the first."""
     warnings.simplefilter("ignore")
-    model = wrap(layout, make_model(name), precision)
+    model = wrap(layout, make_model(name).double() if precision == "64" else make_model(name), precision)
     stats = GradientStats(model, **(options or {}))
     for _ in range(windows):
         model.zero_grad()
-        for _ in backward_passes(layout, model, micro_batches, used or micro_batches, no_sync=no_sync):
+        dtype = torch.float64 if precision == "64" else torch.float32
+        for _ in backward_passes(layout, model, micro_batches, used or micro_batches, no_sync=no_sync, dtype=dtype):
             pass
         average_whole_gradients(layout, model)
         if clip is not None:

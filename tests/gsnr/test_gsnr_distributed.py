@@ -110,6 +110,17 @@ def test_ddp_that_synchronises_every_micro_batch(four_ranks: Processes) -> None:
     assert_equals_brute_force(result)
 
 
+@pytest.mark.parametrize(("layout", "ranks"), [("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp", 3)])
+def test_float64(four_ranks: Processes, layout: str, ranks: int) -> None:
+    """FSDP2 divides in two steps in this type."""
+    result = four_ranks.run(ranks, partial(gsnr_jobs.collect, layout, precision="64"))[0]
+    x, y = (tensor.double() for tensor in data())
+    expected = mean_and_variance(make_model().double(), x, y, ranks)
+    for key, (mean, variance) in expected.items():
+        torch.testing.assert_close(result["mean"][key], mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result["variance"][key], variance, rtol=1e-6, atol=1e-12)
+
+
 def test_bf16_gradients_are_reduced_in_float32(four_ranks: Processes) -> None:
     """The numbers are those of bfloat16 arithmetic in the model, and nothing is lost on the way."""
     result = four_ranks.run(4, partial(gsnr_jobs.collect, "fsdp", precision="bf16"))[0]
