@@ -16,8 +16,8 @@ from lbzoo.sharding import ShardGroups, local, local_gradient, local_parts, shar
 StateOf: TypeAlias = Callable[[Tensor, int, int], dict[str, Any]]  # of (parameter, index of its group, position in it)
 NewState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]  # of (parameter, its group)
 
-# Elements a batch, unless one tensor has more. On a CPU a second pass shall find the first in the cache; on an
-# accelerator it bounds the temporaries and still fills the device.
+# Elements a batch, unless one tensor has more: bounds the temporaries of a step. On a CPU a second pass shall also find
+# the first in the cache.
 CPU_LIMIT = 1 << 21
 ACCELERATOR_LIMIT = 1 << 26
 
@@ -127,12 +127,17 @@ class Batch:
 
 
 def make_batches(
-    param_groups: Sequence[dict[str, Any]], state_of: StateOf, new_state: NewState, scratch: Scratch | None = None
+    param_groups: Sequence[dict[str, Any]],
+    state_of: StateOf,
+    new_state: NewState,
+    *,
+    scratch: Scratch | None = None,
+    needs_memory: bool = True,
 ) -> list[Batch]:
     """All parameters with a gradient, by group, shards, device and type.
 
     ``new_state`` makes the state of a stand-in (see Batch). ``scratch`` serves the batches that run one after another:
-    those on the CPU without sharded parameters.
+    those on the CPU without sharded parameters. A rule that ``needs_memory`` has its batches kept small.
     """
     batches: list[Batch] = []
     for index, group in enumerate(param_groups):
@@ -145,7 +150,8 @@ def make_batches(
             key = (shards, device, param.dtype)
             batch = current.get(key)
             limit = CPU_LIMIT if device.type == "cpu" else ACCELERATOR_LIMIT
-            if batch is None or (batch.size + size > limit and not shards):
+            splits = not shards and (needs_memory or param.dtype not in (torch.float32, torch.float64))
+            if batch is None or (splits and batch.size + size > limit):
                 own_scratch = scratch if device.type == "cpu" and not shards else None
                 batch = current[key] = Batch(group, shards, own_scratch)
                 batches.append(batch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, TypeAlias
 
 import torch
@@ -124,14 +125,13 @@ def _flattened_where_needed(rows: list[Column]) -> list[Column]:
 
 def _cut(rows: list[Column], size: int) -> Iterator[list[Column]]:
     """The one tensor of each row in equal parts of at most PIECE elements; whole where the layouts differ."""
-    items = _flat([row[0] for row in rows])
-    if not all(are_contiguous([item]) for item in items):
-        yield [[item] for item in items]
+    rows = _flattened_where_needed(rows)
+    if not all(map(are_contiguous, rows)):
+        yield rows
         return
     count = -(-size // PIECE)
-    length = -(-size // count)
-    cut = [item.view(-1).split(length) if isinstance(item, Tensor) else [item] * count for item in items]
-    for parts in zip(*cut, strict=True):
+    cut = [row[0].view(-1).chunk(count) if isinstance(row[0], Tensor) else repeat(row[0]) for row in rows]
+    for parts in zip(*cut, strict=False):  # numbers repeat for ever
         yield [[part] for part in parts]
 
 
@@ -179,18 +179,18 @@ def _parts(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 
 def _host_parts(tensors: Sequence[Tensor], order: float) -> list[float]:
-    """As :func:`_parts`, read at once. torch.dot uses all threads where norms use one, and is called once a tensor."""
+    """As :func:`_parts`, read at once. torch.dot uses all threads where norms use one, but is called once a tensor."""
     if order != 2.0:
         return _parts(tensors, order).tolist()
-    large = [tensor.numel() > SMALL for tensor in tensors]
-    parts = [
-        torch.dot(flat, flat).item() for flat in (t.reshape(-1) for t, big in zip(tensors, large, strict=True) if big)
-    ]
-    if len(parts) == len(tensors):
-        return parts
-    rest = iter(_parts([tensor for tensor, big in zip(tensors, large, strict=True) if not big], order).tolist())
-    dots = iter(parts)
-    return [next(dots) if big else next(rest) for big in large]
+    by_dot = [tensor.numel() > SMALL for tensor in tensors] if len(tensors) > 1 else [True]
+    small = [tensor for tensor, large in zip(tensors, by_dot, strict=True) if not large]
+    rest = iter(_parts(small, order).tolist()) if small else iter(())
+    return [_dot(tensor) if large else next(rest) for tensor, large in zip(tensors, by_dot, strict=True)]
+
+
+def _dot(tensor: Tensor) -> float:
+    flat = tensor.reshape(-1)
+    return torch.dot(flat, flat).item()
 
 
 def _combine(total: float, part: float, order: float) -> float:

@@ -89,6 +89,7 @@ class Lars(LayerwiseOptimizer):
     """
 
     choices: ClassVar = {"nesterov": (False, True)}
+    needs_memory: ClassVar = False
 
     def __init__(
         self,

@@ -69,6 +69,7 @@ class LayerwiseOptimizer(Optimizer):
     """
 
     track_layer_stats: bool = False
+    needs_memory: ClassVar[bool] = True  # whether the rule asks for temporaries
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # options that are one of a few values
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -134,7 +135,13 @@ class LayerwiseOptimizer(Optimizer):
                     f"parameter group {index} has {len(group['param_names'])} names for {len(group['params'])} "
                     "parameters: flat buffers (DeepSpeed ZeRO?) have taken their place, in which layers are lost"
                 )
-        return make_batches(self.param_groups, self._state_of, self.new_state, self._scratch)
+        return make_batches(
+            self.param_groups,
+            self._state_of,
+            self.new_state,
+            scratch=self._scratch,
+            needs_memory=self.needs_memory,
+        )
 
     def _state_of(self, param: Tensor, group: int, position: int) -> dict[str, Any]:
         if param.grad is not None and param.grad.layout is not torch.strided:

@@ -18,7 +18,7 @@ Its equations 5 and 6 have eps under the root (``eps_in_root``); algorithm 1, fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ class NovoGrad(LayerwiseOptimizer):
     ``lr`` lies between those of SGD and Adam. ``amsgrad``, ``ema``, ``decoupled``, ``eps_in_root``: variants, see the
     module. Raises UsageError for values out of range.
     """
+
+    needs_memory: ClassVar = False
 
     def __init__(
         self,
