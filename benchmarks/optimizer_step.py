@@ -144,10 +144,14 @@ def build_step(contestant: Contestant, parameters: list[nn.Parameter]) -> tuple[
     """(the step, its state in floats per parameter); the first steps have been taken. Raises what building raises."""
     optimizer = create_optimizer(parameters, contestant.name, lr=1e-4, weight_decay=0.01, **contestant.options)
     step: Callable[[], object] = optimizer.step
+    threads = torch.get_num_threads()
     if contestant.compiled:
-        step = torch.compile(optimizer.step)
+        step = torch.compile(optimizer.step)  # for as many threads as there are now
+    else:
+        torch.set_num_threads(1)  # two would wait for each other where others work as well, and nothing is timed yet
     for _ in range(2):
         step()
+    torch.set_num_threads(threads)
     floats = sum(
         value.numel() for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
     )
@@ -178,6 +182,7 @@ def measure(model: str, contestants: Sequence[Contestant], arguments: argparse.N
         timings = compare(
             {**steps, "memory": copy},
             samples=arguments.samples,
+            warmup=0,
             time_limit=limit,
             synchronize=wait,
             cpu_time=arguments.threads == 1,
@@ -188,7 +193,7 @@ def measure(model: str, contestants: Sequence[Contestant], arguments: argparse.N
             if not (label == reference.label and any(row.label == label for row in rows)):
                 rows.append(Row(label, timings[label], timings[label].median / first, states[label]))
     for row in rows:
-        if not row.note and not arguments.no_memory:
+        if not (row.note or arguments.no_memory or row.label.endswith("compiled")):  # a compiler's memory is its own
             row.extra_mib = extra_memory(model, row.label, arguments.device)
     largest = max(math.prod(shape) for shape in shapes) * 4 / MIB
     bandwidth = sum(bandwidths) / len(bandwidths)
