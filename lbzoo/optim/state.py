@@ -56,12 +56,14 @@ def load_with_precision(
     for saved_group, group in zip(seen["param_groups"], optimizer.param_groups, strict=True):
         for number, param in zip(saved_group["params"], group["params"], strict=True):
             for key, value in seen["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and key != "step" and (keys is None or key in keys):
-                    optimizer.state[param][key] = _restored(value, param)
+                if isinstance(value, Tensor) and (keys is None or key in keys):
+                    optimizer.state[param][key] = _restored(key, value, param)
 
 
-def _restored(value: Tensor, param: Tensor) -> Tensor:
+def _restored(key: str, value: Tensor, param: Tensor) -> Tensor:
     """A loaded value in the precision of the state, on the parameter's device and in its memory layout."""
+    if key == "step":
+        return value.to(device="cpu", dtype=torch.float32, copy=True)
     value = value.to(device=param.device, dtype=state_dtype(param), copy=True)
     if value.shape == param.shape and not same_layout(local(value), local(param)):
         return torch.empty_like(param, dtype=value.dtype).copy_(value)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from reference import REFERENCES
 
-from lbzoo.optim import create_optimizer, fused_kernels
-from lbzoo.optim import elementwise as elementwise_module
+from lbzoo.optim import create_optimizer, elementwise, fused_kernels, momentum
 
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.02}
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.02}
@@ -151,6 +150,15 @@ def test_equals_the_reference_without_fused_kernels(name, monkeypatch):
 @pytest.mark.parametrize("name", ["lamb", "lans", "bnadamw", "lars", "lars2020", "novograd", "larc_lamb"])
 def test_equals_the_reference_when_tensors_are_cut_into_pieces(name, monkeypatch):
     """The same with pieces of 16 elements, so that tensors are cut, also those in another memory layout."""
-    monkeypatch.setattr(elementwise_module, "PIECE", 16)
+    monkeypatch.setattr(elementwise, "PIECE", 16)
     options = next(options for case, options in CASES if case == name)
     assert run_both(name, options, torch.float64) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_equals_the_reference_on_the_path_of_accelerators(name, options, monkeypatch):
+    """Whole lists, norms and factors that stay on the device: everything but the device."""
+    for module in (elementwise, momentum):
+        monkeypatch.setattr(module, "on_eager_cpu", lambda tensors: False)
+    assert run_both(name, options, torch.float64) < 1e-12
+    assert run_both(name, options, torch.float32) < 1e-6
