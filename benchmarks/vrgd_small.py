@@ -3,6 +3,7 @@
     python benchmarks/vrgd_small.py                    # everything that is missing, then the tables
     python benchmarks/vrgd_small.py --processes 2
     python benchmarks/vrgd_small.py --report           # the tables of what there is
+    python benchmarks/vrgd_small.py --lengths          # how much of the gradient's length r leaves, printed
 
 First each optimizer's learning rate is tuned at the smallest batch, without VR; then the cells are run, and the largest
 batch at other learning rates. Every finished run is a line of the JSON-lines file beside the page, which is where a
@@ -128,6 +129,15 @@ def _run_grid(sizes: Sequence[int], file: Path, pool: ProcessPoolExecutor) -> No
     _wait(f"cells of four runs at batches {sizes}", jobs)
 
 
+def print_lengths(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Of the first seed at the largest batch, with true and permuted GSNR."""
+    _one_thread()
+    for name, variant in itertools.product(OPTIMIZERS, ("vr", "permuted")):
+        _, measured = train(Cell(name, variant, BATCHES[-1], SEEDS[0], tuned_lr(name, rows)))
+        kept, mean = measured["kept_length"], measured["mean_r"]
+        print(f"{name} {variant}: |r g| / |g| = {kept:.2f}, mean r = {mean:.2f}", flush=True)
+
+
 @functools.cache
 def _commit() -> str | None:
     commit: str | None = environment()["commit"]
@@ -152,10 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each (default 1)")
     parser.add_argument("--rows", type=Path, help="JSON-lines file of the runs (default: of today and this machine)")
     parser.add_argument("--report", action="store_true", help="no runs, only the tables")
+    parser.add_argument("--lengths", action="store_true", help="print |r g| / |g| at the largest batch")
     chosen = parser.parse_args(arguments)
     page = result_file("vrgd_small", machine())
     rows_file = chosen.rows or page.with_suffix(".jsonl")
     rows_file.parent.mkdir(exist_ok=True)
+    if chosen.lengths:
+        print_lengths(read_rows(rows_file))
+        return
     if not chosen.report:
         run_all(rows_file, chosen.processes)
     text = report(read_rows(rows_file), rows_file.name)

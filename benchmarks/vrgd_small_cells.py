@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 import lbzoo
 from lbzoo import scaling
@@ -143,6 +144,7 @@ def train(cell: Cell, changes: Sequence[str] = ()) -> tuple[Task, dict[str, Any]
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
         "mean_r": None if factors is None else factors.mean,
+        "kept_length": None if factors is None else factors.kept_length,
         "cpu_seconds": round(time.process_time() - begin, 2),
     }
 
@@ -198,6 +200,7 @@ class Factors:
 
     def __init__(self, optimizer: VarianceReduced) -> None:
         self.means: list[float] = []
+        self.kept_lengths: list[float] = []
         self.last: list[Tensor] = []
         self._given: list[tuple[Tensor, Tensor]] = []
         self._optimizer = optimizer
@@ -209,10 +212,17 @@ class Factors:
         """Over all elements that had a gradient, and over the steps."""
         return statistics.fmean(self.means)
 
+    @property
+    def kept_length(self) -> float:
+        """|r g| / |g| over the whole network, mean over the steps."""
+        return statistics.fmean(self.kept_lengths)
+
     def _remember(self, *_: Any) -> None:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         self._given = [(param, param.grad) for param in params if param.grad is not None]
 
     def _compare(self, *_: Any) -> None:
+        before, after = [given for _, given in self._given], [param.grad for param, _ in self._given]
+        self.kept_lengths.append((get_total_norm(after) / get_total_norm(before)).item())
         self.last = [(param.grad / given).reshape(-1) for param, given in self._given]  # 0 / 0 is NaN
         self.means.append(torch.cat(self.last).nanmean().item())

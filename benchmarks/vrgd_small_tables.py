@@ -31,6 +31,9 @@ PAPER_BATCHES = {64: (256,), 256: (1024,), 512: (2048,), 1408: (4096, 8192)}
 COMPARISONS = (("vr", "base"), ("vr", "lower_lr"), ("vr", "permuted"), ("lower_lr", "base"), ("permuted", "base"))
 
 
+FEWEST = 3  # differences that make an interval
+
+
 class Results:
     """The finished runs of the grid, by optimizer, batch size and variant, in the order of SEEDS."""
 
@@ -62,7 +65,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences, and half the width of its 95 % interval (Student's t)."""
+    """Mean of paired differences, and half the width of its 95 % interval (Student's t); NaN for fewer than FEWEST."""
 
     mean: float
     half_width: float
@@ -71,8 +74,8 @@ class Interval:
     def of(cls, differences: Sequence[float]) -> Interval:
         from scipy.stats import t
 
-        if len(differences) < 2:
-            return cls(differences[0] if differences else float("nan"), float("nan"))
+        if len(differences) < FEWEST:
+            return cls(float("nan"), float("nan"))
         quantile = float(t.ppf(0.975, len(differences) - 1))
         return cls(
             statistics.fmean(differences), quantile * statistics.stdev(differences) / math.sqrt(len(differences))
@@ -80,12 +83,14 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        return abs(self.mean) > self.half_width
+        # Accuracies on few images repeat exactly; no spread at all is not certainty.
+        return abs(self.mean) > self.half_width > 0
 
     def __str__(self) -> str:
         if math.isnan(self.half_width):
             return ""
-        return f"{self.mean:+.2f} ± {self.half_width:.2f}{' *' if self.excludes_zero else ''}"
+        mean = round(self.mean, 2) + 0.0  # no -0.00
+        return f"{mean:+.2f} ± {self.half_width:.2f}{' *' if self.excludes_zero else ''}"
 
 
 def report(rows: Sequence[Mapping[str, Any]], rows_file: str) -> str:
@@ -178,21 +183,29 @@ def paper_table(results: Results) -> str:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     factors = sorted([*SWEEP_FACTORS, 1.0])
-    lines = []
+    lines: list[list[object]] = []
     for name in OPTIMIZERS:
-        for variant in ("base", "vr"):
-            runs = [
-                row
-                for row in rows
-                if (row["optimizer"], row["variant"], row["global_batch_size"]) == (name, variant, BATCHES[-1])
-                and row["seed"] in SWEEP_SEEDS
-                and row["base_lr"] == tuned_lr(name, rows)
-            ]
-            by_factor = [
-                {row["seed"]: row["test_accuracy"] for row in runs if row["lr_factor"] == factor} for factor in factors
-            ]
-            lines.append([name, variant, *map(_mean_and_deviation, by_factor)])
+        base, vr = ([_swept(rows, name, variant, factor) for factor in factors] for variant in ("base", "vr"))
+        differences = [
+            Interval.of([ours[seed] - theirs[seed] for seed in SWEEP_SEEDS if seed in ours and seed in theirs])
+            for ours, theirs in zip(vr, base, strict=True)
+        ]
+        lines.append([name, "base", *map(_mean_and_deviation, base)])
+        lines.append([name, "vr", *map(_mean_and_deviation, vr)])
+        lines.append([name, "vr - base", *differences])
     return _table(["optimizer", "variant", *(f"{factor:g}" for factor in factors)], lines)
+
+
+def _swept(rows: Sequence[Mapping[str, Any]], optimizer: str, variant: str, factor: float) -> dict[int, float]:
+    """Accuracy by seed at the largest batch, at ``factor`` times the scaled learning rate."""
+    wanted = (optimizer, variant, BATCHES[-1], factor)
+    return {
+        row["seed"]: row["test_accuracy"]
+        for row in rows
+        if (row["optimizer"], row["variant"], row["global_batch_size"], row["lr_factor"]) == wanted
+        and row["seed"] in SWEEP_SEEDS
+        and row["base_lr"] == tuned_lr(optimizer, rows)
+    }
 
 
 def tuning_table(rows: Sequence[Mapping[str, Any]]) -> str:
