@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lbzoo.optim import fused_kernels
+from lbzoo.optim.elementwise import on_eager_cpu
 
 Nesterov = Literal["first", "both"] | None
 
@@ -34,8 +35,7 @@ def adam_direction(
     (Dozat 2016; LAMB paper, algorithm 3) or in "both" (algorithm 4). An elementwise kernel.
     """
     if nesterov is None and fused_kernels.can_fuse(params, grads, exp_avgs, exp_avg_sqs, directions):
-        for param, direction in zip(params, directions, strict=True):
-            torch.mul(param, weight_decay, out=direction)
+        _set_scaled(directions, params, weight_decay)
         times = _times(steps, bias_correction)
         # A learning rate of -1 adds m_hat / (sqrt(v_hat) + eps) to what is there.
         fused_kernels.adam_(directions, grads, exp_avgs, exp_avg_sqs, times, lr=-1.0, betas=betas, eps=eps)
@@ -54,8 +54,7 @@ def adam_direction(
     torch._foreach_sqrt_(v_hat)
     torch._foreach_add_(v_hat, eps)
     torch._foreach_div_(m_hat, v_hat)
-    torch._foreach_copy_(list(directions), list(params))
-    torch._foreach_mul_(list(directions), weight_decay)
+    _set_scaled(directions, params, weight_decay)
     torch._foreach_add_(list(directions), m_hat)
 
 
@@ -71,18 +70,16 @@ def gradient_direction(
     weight_decay: float,
 ) -> None:
     """Set ``directions`` to grads / (sqrt(v_hat) + eps) + weight_decay * params, v as it is. An elementwise kernel."""
-    if grads[0].dtype == torch.float32 and fused_kernels.can_fuse(params, grads, exp_avg_sqs, directions):
-        for param, grad, exp_avg_sq, direction, step in zip(params, grads, exp_avg_sqs, directions, steps, strict=True):
-            torch.mul(param, weight_decay, out=direction)
-            # v_hat = v / root^2, so that grad / (sqrt(v_hat) + eps) = root * grad / (sqrt(v) + root * eps)
-            root = math.sqrt(1 - betas[1] ** step)
-            fused_kernels.add_quotient_([direction], [grad], [exp_avg_sq], lr=-root, eps=root * eps)
+    _set_scaled(directions, params, weight_decay)
+    fusable = grads[0].dtype is torch.float32 and fused_kernels.can_fuse(params, grads, exp_avg_sqs, directions)
+    if fusable and len(set(steps)) == 1:
+        # v_hat = v / root^2, so that grad / (sqrt(v_hat) + eps) = root * grad / (sqrt(v) + root * eps)
+        root = math.sqrt(1 - betas[1] ** steps[0])
+        fused_kernels.add_quotient_(directions, grads, exp_avg_sqs, lr=-root, eps=root * eps)
         return
     denominators = _corrected(list(exp_avg_sqs), grads, betas[1], steps, True, look_ahead=False)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, eps)
-    torch._foreach_copy_(list(directions), list(params))
-    torch._foreach_mul_(list(directions), weight_decay)
     torch._foreach_addcdiv_(list(directions), list(grads), denominators)
 
 
@@ -119,6 +116,16 @@ def adam_step(
     )
     torch._foreach_mul_(directions, lr)
     torch._foreach_sub_(list(params), directions)
+
+
+def _set_scaled(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
+    """targets = factor * sources."""
+    if on_eager_cpu(targets):
+        for target, source in zip(targets, sources, strict=True):
+            torch.mul(source, factor, out=target)  # one pass where the two below are two
+    else:
+        torch._foreach_copy_(list(targets), list(sources))
+        torch._foreach_mul_(list(targets), factor)
 
 
 def _times(steps: Sequence[float], bias_correction: bool) -> Sequence[float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference import REFERENCES
 
-from lbzoo.optim import create_optimizer, elementwise, fused_kernels, momentum
+from lbzoo.optim import adam_moments, create_optimizer, elementwise, fused_kernels, momentum
 
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.02}
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.02}
@@ -158,7 +158,7 @@ def test_equals_the_reference_when_tensors_are_cut_into_pieces(name, monkeypatch
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_equals_the_reference_on_the_path_of_accelerators(name, options, monkeypatch):
     """Whole lists, norms and factors that stay on the device: everything but the device."""
-    for module in (elementwise, momentum):
+    for module in (adam_moments, elementwise, momentum):
         monkeypatch.setattr(module, "on_eager_cpu", lambda tensors: False)
     assert run_both(name, options, torch.float64) < 1e-12
     assert run_both(name, options, torch.float32) < 1e-6
