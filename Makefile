@@ -25,13 +25,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: installing into $(VENV), some 8 GB; this takes a few minutes once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
-	@# fbgemm-gpu does not import without an NVIDIA driver; its CPU build has the same modules.
+	@# fbgemm-gpu does not import without an NVIDIA driver; its CPU build has the same modules, in the same folder, so
+	@# that taking one away takes files of the other: hence --force-reinstall.
 	@if [ $(DRIVER) = no-driver ]; then \
 	    $(BIN)/python -m pip uninstall --quiet --yes fbgemm-gpu && \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fbgemm-gpu-cpu==1.7.0; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall fbgemm-gpu-cpu==1.7.0; \
 	else \
 	    $(BIN)/python -m pip uninstall --quiet --yes fbgemm-gpu-cpu 2>/dev/null; \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt fbgemm-gpu; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall -c constraints.txt fbgemm-gpu; \
 	fi
 	@rm -f $(VENV)/.installed-* && touch $@
 	@echo "setup: done; the command is $(BIN)/lbzoo"
