@@ -59,12 +59,11 @@ def novograd(
         v = torch.maximum(_stacked(max_exp_avg_sqs, v), v)
         torch._foreach_copy_(list(max_exp_avg_sqs), list(v.unbind()))
     denominators = (v + eps).sqrt() if eps_in_root else v.sqrt() + eps
-    grad_scales = torch.where(
-        denominators == 0, torch.ones_like(v), 1 / denominators
-    )  # 0: a zero gradient, without eps
+    ones = torch.ones_like(v)
+    grad_scales = torch.where(denominators == 0, ones, 1 / denominators)  # 0: no gradient so far, and no eps
 
     # m = b1 m + weight (grad_scale g + weight_decay x)
-    weights = torch.where(first, torch.ones_like(v), 1 - betas[0]) if ema else torch.ones_like(v)
+    weights = torch.where(first, ones, 1 - betas[0]) if ema else ones
     decays = weights * (0.0 if decoupled else weight_decay)
     before = [param.clone() for param in params] if report and decoupled else []
     if decoupled:
