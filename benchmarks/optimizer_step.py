@@ -363,7 +363,7 @@ def main(words: Sequence[str]) -> None:
     if arguments.dry_run:
         return
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
-    path = result_file("optimizer_step", device)
+    path = result_file("optimizer_step_1_thread" if arguments.threads == 1 else "optimizer_step", device)
     path.parent.mkdir(exist_ok=True)
     path.write_text(text + "\n")
     print(f"\nwritten to benchmarks/results/{path.name}")
