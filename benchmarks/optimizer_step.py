@@ -167,7 +167,7 @@ def measure(model: str, contestants: Sequence[Contestant], arguments: argparse.N
     rows: list[Row] = []
     bandwidths = []
     reference, others = contestants[0], list(contestants[1:])
-    size = max(1, int(free_bytes(arguments.device) * 0.7 / (8 * count)) - 1)
+    size = max(1, int(free_bytes(arguments.device) * 0.4 / (8 * count)) - 1)
     parts = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
     for part in parts:
         steps: dict[str, Callable[[], object]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -67,6 +68,7 @@ class Batch:
     columns: list[int] = field(default_factory=list)
     width: int = 0
     size: int = 0  # elements on all ranks
+    limit: float = math.inf  # of size, for more than one tensor
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
@@ -132,30 +134,33 @@ def make_batches(
     new_state: NewState,
     *,
     scratch: Scratch | None = None,
-    needs_memory: bool = True,
+    in_cache: bool = True,
 ) -> list[Batch]:
     """All parameters with a gradient, by group, shards, device and type.
 
     ``new_state`` makes the state of a stand-in (see Batch). ``scratch`` serves the batches that run one after another:
-    those on the CPU without sharded parameters. A rule that ``needs_memory`` has its batches kept small.
+    those on the CPU without sharded parameters. ``in_cache=False`` leaves their size without limit: for a rule that
+    keeps no temporaries and gains little from finding in the cache what it has read before.
     """
     batches: list[Batch] = []
     for index, group in enumerate(param_groups):
         current: dict[Any, Batch] = {}
         for position, param in enumerate(group["params"]):
-            shards = shard_groups(param)
-            if param.grad is None and not (shards and param.requires_grad):
+            shards, has_gradient = shard_groups(param), param.grad is not None
+            if not has_gradient and not (shards and param.requires_grad):
                 continue
-            device, size = param.device, param.numel()
-            key = (shards, device, param.dtype)
-            batch = current.get(key)
-            limit = CPU_LIMIT if device.type == "cpu" else ACCELERATOR_LIMIT
-            splits = not shards and (needs_memory or param.dtype not in (torch.float32, torch.float64))
-            if batch is None or (splits and batch.size + size > limit):
-                own_scratch = scratch if device.type == "cpu" and not shards else None
-                batch = current[key] = Batch(group, shards, own_scratch)
+            device, dtype, size = param.device, param.dtype, param.numel()
+            batch = current.get((shards, device, dtype))
+            if batch is None or batch.size + size > batch.limit:
+                batch = Batch(group, shards)
+                if not shards:
+                    on_cpu = device.type == "cpu"
+                    batch.scratch = scratch if on_cpu else None
+                    if in_cache or dtype not in (torch.float32, torch.float64):
+                        batch.limit = CPU_LIMIT if on_cpu else ACCELERATOR_LIMIT
+                current[shards, device, dtype] = batch
                 batches.append(batch)
-            if param.grad is not None:
+            if has_gradient:
                 batch.add(param, state_of(param, index, position), (index, position))
             batch.width += 1
             batch.size += size

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Tensors = Sequence[Tensor]
 
+SMALLEST_SCALE = 1e-10
+
 _TYPES = (torch.float32, torch.float64)
 
 
@@ -81,13 +83,16 @@ def add_quotient_(params: Tensors, numerators: Tensors, exp_avg_sqs: Tensors, *,
 
 
 def momentum_(
-    params: Tensors, grads: Tensors, buffers: Tensors, *, lr: float, momentum: float, scale: float, weight_decay: float
+    param: Tensor, grad: Tensor, buffer: Tensor, *, lr: float, momentum: float, scale: float, weight_decay: float
 ) -> None:
-    """buffers = momentum * buffers + scale * (grads + weight_decay * params); params -= lr * buffers."""
+    """buffer = momentum * buffer + scale * (grad + weight_decay * param); param -= lr * buffer.
+
+    The scale must be above SMALLEST_SCALE: the kernel is given 1 - scale, which cancels.
+    """
     torch._fused_sgd_(
-        list(params),
-        list(grads),
-        list(buffers),
+        [param],
+        [grad],
+        [buffer],
         weight_decay=weight_decay,
         momentum=momentum,
         lr=lr,
@@ -96,11 +101,6 @@ def momentum_(
         maximize=False,
         is_first_step=False,
     )
-
-
-def scale_is_exact(scale: float) -> bool:
-    """Whether ``momentum_`` can apply the scale: the kernel is given 1 - scale, which cancels for tiny ones."""
-    return scale > 1e-10
 
 
 @functools.cache
@@ -133,7 +133,7 @@ def _momentum_works(device: str) -> bool:
     x, g, m = _lines(device, (-2, 2), (1, -3), (-0.1, 0.2))
     m_new = 0.8 * m + 1e-5 * (g + 0.1 * x)
     expected = (x - 0.5 * m_new, g.clone(), m_new)
-    momentum_([x], [g], [m], lr=0.5, momentum=0.8, scale=1e-5, weight_decay=0.1)
+    momentum_(x, g, m, lr=0.5, momentum=0.8, scale=1e-5, weight_decay=0.1)
     return _all_close((x, g, m), expected)
 
 

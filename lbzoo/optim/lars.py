@@ -89,7 +89,6 @@ class Lars(LayerwiseOptimizer):
     """
 
     choices: ClassVar = {"nesterov": (False, True)}
-    needs_memory: ClassVar = False
 
     def __init__(
         self,

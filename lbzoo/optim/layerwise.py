@@ -69,7 +69,7 @@ class LayerwiseOptimizer(Optimizer):
     """
 
     track_layer_stats: bool = False
-    needs_memory: ClassVar[bool] = True  # whether the rule asks for temporaries
+    in_cache: ClassVar[bool] = True  # see make_batches
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # options that are one of a few values
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class LayerwiseOptimizer(Optimizer):
             self._state_of,
             self.new_state,
             scratch=self._scratch,
-            needs_memory=self.needs_memory,
+            in_cache=self.in_cache,
         )
 
     def _state_of(self, param: Tensor, group: int, position: int) -> dict[str, Any]:

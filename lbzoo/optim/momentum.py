@@ -53,9 +53,9 @@ def _fused_step(
         _plain_step(params, grads, buffers, scales, decays, lr=lr, momentum=momentum)
         return
     for param, grad, buffer, scale, decay in zip(params, grads, buffers, scales, decays, strict=True):
-        if fused_kernels.scale_is_exact(scale):
+        if scale > fused_kernels.SMALLEST_SCALE:
             fused_kernels.momentum_(
-                [param], [grad], [buffer], lr=lr, momentum=momentum, scale=scale, weight_decay=decay / scale
+                param, grad, buffer, lr=lr, momentum=momentum, scale=scale, weight_decay=decay / scale
             )
         else:
             _plain_step([param], [grad], [buffer], [scale], [decay], lr=lr, momentum=momentum)

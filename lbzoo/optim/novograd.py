@@ -104,7 +104,7 @@ class NovoGrad(LayerwiseOptimizer):
     module. Raises UsageError for values out of range.
     """
 
-    needs_memory: ClassVar = False
+    in_cache: ClassVar = False
 
     def __init__(
         self,
