@@ -31,7 +31,7 @@ from lbzoo.recipe.schema import Scale
 
 if TYPE_CHECKING:
     from lbzoo.data.base import DataSource
-    from lbzoo.engines.lightning import Outcome
+    from lbzoo.engines.stage_run import Outcome
 
 T = TypeVar("T")
 Sources = dict[str, "DataSource"]  # by stage; prepared, and listed only once
@@ -115,7 +115,7 @@ def validate(
     source = build_data(resolved.stages[-1])
     source.prepare()
     from lbzoo.engines import distributed
-    from lbzoo.engines.lightning import evaluate
+    from lbzoo.engines.stages import evaluate
 
     distributed.start(world)
     try:
@@ -136,8 +136,9 @@ def _fit_in_process(
     if RUN_FOLDER_VARIABLE in os.environ:
         die_with_parent(signal.SIGTERM)
     from lbzoo.engines import distributed
-    from lbzoo.engines.lightning import Start, train
     from lbzoo.engines.signals import StopRequested
+    from lbzoo.engines.stage_run import Start
+    from lbzoo.engines.stages import train
 
     distributed.start(world)
     quiet: Say = say if world.rank == 0 else lambda text: None

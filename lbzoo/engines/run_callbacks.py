@@ -1,4 +1,4 @@
-"""What every run needs inside a Lightning Trainer: seeds, restoring, validation, checkpoints, stopping by signal."""
+"""What every run needs inside a training loop: seeds, restoring, validation, checkpoints, stopping by signal."""
 
 from __future__ import annotations
 
@@ -51,21 +51,11 @@ class Restore(Callback):
                 group["lr"] = lr
 
 
-class AtValidation(Callback):
-    """Averages BatchNorm's statistics before validation, and has its metrics logged at the step they belong to.
-
-    Lightning counts the step that validation follows only after it, and would log a validation after step n at n - 1.
-    """
-
-    _counted = 0
+class AverageStatistics(Callback):
+    """Validation is with BatchNorm's statistics of all ranks."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average_running_statistics(pl_module)
-        loop = trainer.fit_loop.epoch_loop
-        self._counted, loop._batches_that_stepped = loop._batches_that_stepped, trainer.global_step
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = self._counted
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
@@ -108,9 +98,9 @@ class Checkpointer(Callback):
         keep_last: newest checkpoints to keep.
         save_best: whether to keep the best one as well.
         best: of the run so far.
+        metrics: of the run's last validation.
         describe: the part of ``state.json`` that does not change from save to save, for a given step.
         signals: asked at the end of each step.
-        validation_owed: run a validation before the first step.
     """
 
     def __init__(
@@ -123,25 +113,20 @@ class Checkpointer(Callback):
         keep_last: int,
         save_best: bool,
         best: Best,
+        metrics: dict[str, float],
         describe: Callable[[int], dict[str, Any]],
         signals: StopSignals,
-        validation_owed: bool = False,
     ) -> None:
         self._run = run
         self._last_step, self._every_steps, self._validate_every = last_step, every_steps, validate_every
-        self._keep_last, self._save_best, self.best = keep_last, save_best, best
+        self._keep_last, self._save_best = keep_last, save_best
+        self.best, self.metrics = best, metrics
         self._describe = describe
         self._signals = signals
-        self._validation_owed = validation_owed
         self._stop = 0  # the signal that the run was asked to stop by
-        self.metrics: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signals.install()
-        if self._validation_owed:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 
 from lbzoo.engines.launch import World
@@ -49,15 +47,6 @@ def hardware(recipe: ResolvedRecipe, world: World) -> dict[str, Any]:
 def _environment(world: World) -> ClusterEnvironment:
     """``distributed.start`` has set torchrun's variables, under SLURM too."""
     return TorchElasticEnvironment() if world.launched_by else LightningEnvironment()
-
-
-def set_threads(recipe: ResolvedRecipe, world: World) -> None:
-    """One thread for the small models of --scale mini and smoke on a CPU, unless OMP_NUM_THREADS says otherwise.
-
-    Their kernels are too short to share, and threads that wait for each other on a busy machine are many times slower.
-    """
-    if world.accelerator == "cpu" and recipe.scale != "paper" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
 
 
 def set_counters(trainer: pl.Trainer, step: int, accumulate: int) -> None:

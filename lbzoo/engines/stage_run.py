@@ -1,0 +1,202 @@
+"""One stage of a run as every engine trains it: its steps, data, loggers and callbacks.
+
+Steps in logs and checkpoints count over the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from lbzoo import scaling
+from lbzoo.callbacks.gradient_stats import StatsForOptimizers
+from lbzoo.data.base import DataSource
+from lbzoo.data.loader import Loader, train_loader, val_loader
+from lbzoo.engines.launch import World
+from lbzoo.engines.loggers import build_loggers
+from lbzoo.engines.run_callbacks import AverageStatistics, Best, Checkpointer, MicroBatchSeeds, Restore
+from lbzoo.engines.run_folder import RunFolder, environment
+from lbzoo.engines.signals import StopSignals
+from lbzoo.errors import UsageError
+from lbzoo.recipe import Component, ResolvedRecipe, Stage, build_callbacks
+from lbzoo.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: ``checkpoint`` is continued exactly; ``weights`` are only loaded into a fresh first stage."""
+
+    checkpoint: Path | None = None
+    state: Mapping[str, Any] | None = None
+    weights: Path | None = None
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"]) if self.state else 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to show: its last step, the last validation, the best one."""
+
+    step: int
+    metrics: dict[str, float]
+    best: Best
+
+
+class StageRun:
+    """What an engine needs to train ``module`` for a stage.
+
+    ``step`` is the optimizer step the run stands at and ``last_step`` the one the stage ends with; ``accumulate``
+    counts micro-batches of a rank in a step, ``validate_every`` optimizer steps. ``callbacks`` are in the order they
+    are called in. Where ``validation_owed``, a validation comes before the first step.
+    """
+
+    def __init__(
+        self,
+        recipe: ResolvedRecipe,
+        stage: Stage,
+        source: DataSource,
+        world: World,
+        run: RunFolder,
+        start: Start,
+        module: Task,
+    ) -> None:
+        self.recipe, self.stage, self.source = recipe, stage, source
+        self.world, self.run = world, run
+        self.accumulate = scaling.accumulation(
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
+            world_size=world.world_size,
+        )
+        self.step = max(start.step, stage.first_step)
+        self.last_step = stage.first_step + stage.steps
+        validate = recipe.trainer.validate_every
+        epochs = validate.epochs or 0.0
+        wanted = validate.steps or max(round(epochs * stage.steps_per_epoch), 1)
+        self.validate_every = min(wanted, stage.steps)
+        state = start.state or {}
+        self.validation_owed = bool(state.get("validation_owed"))
+        self.signals = StopSignals(self._leave_at_once)
+        self._checkpointer = self._make_checkpointer(module, state)
+        self.callbacks: list[Callback] = [
+            MicroBatchSeeds(recipe.seed),
+            Restore(start.checkpoint, self.step - stage.first_step),
+            *_recipe_callbacks(recipe),
+            StatsForOptimizers(micro_batch_size=stage.micro_batch_size),
+            AverageStatistics(),
+            self._checkpointer,
+        ]
+
+    def outcome(self) -> Outcome:
+        """Of a stage that was trained to its end."""
+        return Outcome(self.last_step, self._checkpointer.metrics, self._checkpointer.best)
+
+    def train_loader(self) -> Loader:
+        """This rank's micro-batches of the steps that are left."""
+        stage = self.stage
+        return train_loader(
+            self.source,
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
+            start_step=self.step - stage.first_step,
+            steps=stage.steps,
+            seed=self.recipe.seed,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            num_workers=self.recipe.trainer.num_workers,
+            pin_memory=self.world.accelerator == "cuda",
+        )
+
+    def val_loader(self) -> Loader:
+        return validation_loader(self.recipe, self.stage, self.source, self.world)
+
+    def loggers(self) -> list[Logger]:
+        return build_loggers(self.recipe, self.run, resume_step=self.step, describe_step=self._progress)
+
+    def closure_not_run(self) -> UsageError:
+        """The error of an optimizer that left out the forward and backward pass."""
+        return UsageError(
+            f"optimizer '{self.stage.optimizer.name}' did not run the closure that its step() was given, and in it "
+            "the forward and backward pass; see `lbzoo optim check`"
+        )
+
+    def _make_checkpointer(self, module: Task, state: Mapping[str, Any]) -> Checkpointer:
+        best = Best(module.monitor, module.mode)
+        if state.get("best", {}).get("monitor") == module.monitor:
+            best = Best(**{**state["best"], "mode": module.mode})
+        settings = self.recipe.checkpoint
+        return Checkpointer(
+            self.run,
+            last_step=self.last_step,
+            every_steps=settings.every_steps or self.validate_every,
+            validate_every=self.validate_every,
+            keep_last=settings.keep_last,
+            save_best=settings.save_best,
+            best=best,
+            metrics=dict(state.get("metrics", {})),
+            describe=self._describe,
+            signals=self.signals,
+        )
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of a step."""
+        samples = sum(s.steps * s.global_batch_size for s in self.recipe.stages[: self.stage.index])
+        in_stage = (step - self.stage.first_step) * self.stage.global_batch_size
+        epoch = round(in_stage / self.stage.num_train, 4)
+        return {"stage": self.stage.name, "epoch": epoch, "samples": samples + in_stage}
+
+    def _describe(self, step: int) -> dict[str, Any]:
+        """What state.json says of a step apart from metrics."""
+        stage = self.stage
+        return {
+            "recipe": self.recipe.name,
+            "recipe_hash": self.recipe.hash,
+            "step": step,
+            "stage": stage.name,
+            "stage_index": stage.index,
+            "stage_step": step - stage.first_step,
+            **self._progress(step),
+            "sampler": {
+                "rule": "virtual shards",
+                "seed": self.recipe.seed,
+                "next_step": step - stage.first_step,
+                "global_batch_size": stage.global_batch_size,
+                "micro_batch_size": stage.micro_batch_size,
+                "num_train": stage.num_train,
+            },
+            "schedule": {"steps_done": step - stage.first_step, "steps": stage.steps},
+            "rng": {"rule": "seeded before each micro-batch from (seed, step, micro-batch)", "seed": self.recipe.seed},
+            "world_size": self.world.world_size,
+            "engine": self.recipe.trainer.engine,
+            "versions": environment()["packages"],
+        }
+
+    def _leave_at_once(self, signum: int) -> None:
+        if self.world.rank == 0:
+            self.run.write_status("interrupted", exit_code=128 + signum)
+
+
+def validation_loader(recipe: ResolvedRecipe, stage: Stage, source: DataSource, world: World) -> Loader:
+    """This rank's part of the stage's validation data."""
+    return val_loader(
+        source,
+        micro_batch_size=stage.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        num_workers=recipe.trainer.num_workers,
+        pin_memory=world.accelerator == "cuda",
+    )
+
+
+def _recipe_callbacks(recipe: ResolvedRecipe) -> list[Callback]:
+    """The recipe's callbacks, and what every run shows unless the recipe says how itself."""
+    named = {callback.name for callback in recipe.callbacks}
+    always = [Component("train_metrics", {"every": recipe.logging.every}), Component("progress")]
+    missing = tuple(component for component in always if component.name not in named)
+    return build_callbacks(replace(recipe, callbacks=(*missing, *recipe.callbacks)))

@@ -1,0 +1,108 @@
+"""The stages of a run, one after the other, on the engine that the recipe names."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+from lbzoo.checkpoint import load_weights
+from lbzoo.data.base import DataSource
+from lbzoo.engines.launch import World
+from lbzoo.engines.run_callbacks import Best
+from lbzoo.engines.run_folder import RunFolder
+from lbzoo.engines.stage_run import Outcome, StageRun, Start, validation_loader
+from lbzoo.errors import CheckpointError
+from lbzoo.recipe import ResolvedRecipe, Stage, build_schedule, build_task, optimizer_factory
+from lbzoo.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What a module of this folder that is named as ``trainer.engine`` has."""
+
+    def train_stage(self, stage_run: StageRun, module: Task) -> None:
+        """Train ``module`` from ``stage_run.step`` to ``stage_run.last_step``, with its callbacks, loggers, loaders."""
+
+    def evaluate(self, recipe: ResolvedRecipe, world: World, module: Task, loader: Any) -> Mapping[str, float]:
+        """What a pass over the validation data logs."""
+
+
+def train(
+    recipe: ResolvedRecipe, sources: Mapping[str, DataSource], world: World, run: RunFolder, start: Start
+) -> Outcome:
+    """Train every stage that is left, each from the weights of the one before. ``sources`` are its data by stage."""
+    _set_threads(recipe, world)
+    engine = _engine(recipe)
+    module: Task | None = None
+    outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
+    first = int(start.state["stage_index"]) if start.state else 0
+    for stage in recipe.stages[first:]:
+        earlier, module = module, _build_module(recipe, stage)
+        if earlier is not None:
+            _carry_weights(earlier, module)
+        elif start.weights is not None:
+            load_weights(start.weights, module)
+        here = start if stage.index == first else Start()
+        if here.step >= stage.first_step + stage.steps:
+            assert here.checkpoint is not None
+            load_weights(here.checkpoint, module)  # saved at the end of this stage
+            continue
+        stage_run = StageRun(recipe, stage, sources[stage.name], world, run, here, module)
+        try:
+            engine.train_stage(stage_run, module)
+        finally:
+            stage_run.signals.restore()
+        outcome = stage_run.outcome()
+    return outcome
+
+
+def evaluate(recipe: ResolvedRecipe, source: DataSource, world: World, weights: Path) -> dict[str, float]:
+    """The validation metrics of a checkpoint's weights on the data of the recipe's last stage."""
+    _set_threads(recipe, world)
+    stage = recipe.stages[-1]
+    module = _build_module(recipe, stage)
+    load_weights(weights, module)
+    loader = validation_loader(recipe, stage, source, world)
+    return {name: float(value) for name, value in _engine(recipe).evaluate(recipe, world, module, loader).items()}
+
+
+def _engine(recipe: ResolvedRecipe) -> Engine:
+    return cast("Engine", importlib.import_module(f"lbzoo.engines.{recipe.trainer.engine}"))
+
+
+def _build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
+    """The same initial weights on every rank and for every layout: drawn on the CPU from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    module = build_task(stage)
+    module.bind(optimizer_factory(stage), build_schedule(stage))
+    return module
+
+
+def _carry_weights(earlier: Task, later: Task) -> None:
+    """Start a stage from the weights of the one before: every entry of the same name and shape."""
+    own = later.state_dict()
+    carried = {n: t for n, t in earlier.state_dict().items() if n in own and own[n].shape == t.shape}
+    if not carried:
+        raise CheckpointError(
+            "the stages share no parameter: the later one cannot start from the earlier one's weights"
+        )
+    fresh = [name for name in own if name not in carried]
+    if fresh:
+        log.warning("%d entries are new in this stage, the first is %s", len(fresh), fresh[0])
+    later.load_state_dict({**own, **carried})
+
+
+def _set_threads(recipe: ResolvedRecipe, world: World) -> None:
+    """One thread for the small models of --scale mini and smoke on a CPU, unless OMP_NUM_THREADS says otherwise.
+
+    Their kernels are too short to share, and threads that wait for each other on a busy machine are many times slower.
+    """
+    if world.accelerator == "cpu" and recipe.scale != "paper" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
