@@ -17,6 +17,7 @@ from lbzoo import scaling
 from lbzoo.callbacks.gradient_stats import StatsForOptimizers
 from lbzoo.data.base import DataSource
 from lbzoo.data.loader import Loader, train_loader, val_loader
+from lbzoo.engines.global_items import GlobalItems, ReadAhead
 from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
 from lbzoo.engines.run_callbacks import AverageStatistics, Best, Checkpointer, MicroBatchSeeds, Restore
@@ -84,8 +85,10 @@ class StageRun:
         self.validation_owed = bool(state.get("validation_owed"))
         self.signals = StopSignals(self._leave_at_once)
         self._checkpointer = self._make_checkpointer(module, state)
+        self._items = GlobalItems(self.accumulate, module) if GlobalItems.needed_by(module) else None
         self.callbacks: list[Callback] = [
             MicroBatchSeeds(recipe.seed),
+            *([self._items] if self._items is not None else []),
             Restore(start.checkpoint, self.step - stage.first_step),
             *_recipe_callbacks(recipe),
             StatsForOptimizers(micro_batch_size=stage.micro_batch_size),
@@ -97,10 +100,10 @@ class StageRun:
         """Of a stage that was trained to its end."""
         return Outcome(self.last_step, self._checkpointer.metrics, self._checkpointer.best)
 
-    def train_loader(self) -> Loader:
+    def train_loader(self) -> Loader | ReadAhead:
         """This rank's micro-batches of the steps that are left."""
         stage = self.stage
-        return train_loader(
+        loader = train_loader(
             self.source,
             global_batch_size=stage.global_batch_size,
             micro_batch_size=stage.micro_batch_size,
@@ -112,6 +115,7 @@ class StageRun:
             num_workers=self.recipe.trainer.num_workers,
             pin_memory=self.world.accelerator == "cuda",
         )
+        return loader if self._items is None else self._items.read_ahead(loader)
 
     def val_loader(self) -> Loader:
         return validation_loader(self.recipe, self.stage, self.source, self.world)

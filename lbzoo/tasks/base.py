@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,6 +20,10 @@ class Task(LightningModule):
     ``validation_step``, which updates metrics, and ``on_validation_epoch_end``, which logs them once as ``val/...``,
     equal on every rank. ``monitor`` names the one that tells a better checkpoint from a worse, ``mode`` which way.
 
+    The loss of a step is the mean over the items of the **global** batch. Where all micro-batches hold as many
+    (images) that is the mean of their losses, and nothing has to be done. Where they do not (tokens, masked
+    positions) a task implements ``count_items`` and takes its means with :meth:`mean_over_items`.
+
     Constructors take keyword-only options. ``num_classes`` and ``input_shape`` are filled from the data's facts where
     the recipe leaves them out.
     """
@@ -29,6 +33,9 @@ class Task(LightningModule):
 
     _optimizer_factory: OptimizerFactory | None = None
     _lr_multiplier: Callable[[int], float] | None = None
+
+    items_per_micro_batch: Mapping[str, float] | None = None
+    """Of each kind of item, the mean over the micro-batches of the coming step, of all ranks. Set by the engine."""
 
     def bind(self, optimizer_factory: OptimizerFactory, lr_multiplier: Callable[[int], float]) -> None:
         """Set what trains this task.
@@ -47,3 +54,23 @@ class Task(LightningModule):
         # torch counts steps from 0. A plain function, so that the scheduler's state holds no schedule.
         scheduler = LambdaLR(optimizer, lambda done: multiplier(done + 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def count_items(self, batch: Any) -> dict[str, int | Tensor]:
+        """The items in a micro-batch, by kind, whose number differs from one micro-batch to the next.
+
+        A loss of several means has several kinds: ``{"masked": ..., "pairs": ...}``. Every micro-batch counts the same
+        kinds. The engine asks ahead of the step, while ``batch`` is still on the CPU.
+        """
+        return {}
+
+    def mean_over_items(self, total: Tensor, kind: str, batch: Any) -> Tensor:
+        """A micro-batch's part of a mean over the global batch's items: ``total``, the sum over its own, divided.
+
+        The divisor is the global batch's number of items over its number of micro-batches, so that the mean of what the
+        micro-batches return is the mean over all items, and its gradient theirs, however they fall into micro-batches.
+        In a loop that does not count ahead it is the micro-batch's own number. No items at all: ``total`` over 1.
+        """
+        if self.items_per_micro_batch is not None:
+            return total / (self.items_per_micro_batch[kind] or 1.0)
+        count = self.count_items(batch)[kind]
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
