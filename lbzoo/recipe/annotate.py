@@ -22,6 +22,7 @@ from lbzoo.recipe.writing import to_yaml
 from lbzoo.signatures import REQUIRED
 
 _DEFAULT = Origin("default")
+_SCALED_WARMUP = ("warmup_epochs", "warmup_ratio")  # what lr_scaling scales along with the learning rate
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,10 @@ class _Writer:
         written = {**(shared or {}), **component.options}
         for key, value in written.items():
             remark = self._remark(origins.get((kind, key), _DEFAULT))
-            if stage.lr_scaling is not None and key in ("lr", "warmup_epochs", "warmup_ratio"):
-                scaled = lr_arithmetic(stage) if key == "lr" else "scaled with the batch"
-                remark = f"{scaled}, {remark}"
+            if stage.lr_scaling is not None and key == "lr":
+                remark = f"{lr_arithmetic(stage)}, {remark}"
+            elif stage.lr_scaling is not None and stage.lr_scaling.warmup == "linear" and key in _SCALED_WARMUP:
+                remark = f"scaled with the batch, {remark}"
             yield Line(f"{indent}  {key}: {_flow(value)}", remark)
         for key, option in component_options(kind, component.name).items():
             if key not in written and option.default is not REQUIRED:

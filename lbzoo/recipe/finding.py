@@ -14,6 +14,7 @@ from lbzoo.recipe.nodes import display_path
 SUFFIXES = (".yaml", ".yml")
 ENTRY_POINT_GROUP = "lbzoo.recipes"
 PACKAGE_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+_TABLES = "tables"  # the folder, beside the recipes, of files that say how a paper's table is run: no recipes
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def _in_folder(folder: Path, home: str, pattern: str = "*") -> Iterator[Found]:
     except OSError:
         return
     for path in files:
+        if path.relative_to(folder).parts[0] == _TABLES:
+            continue
         yield Found(path.relative_to(folder).with_suffix("").as_posix(), path, home)
 
 

@@ -29,15 +29,7 @@ def merged_layers(
 
     Raises RecipeError where the recipe cannot be read at all.
     """
-    merged, problems = read_recipe(path)
-    problems += tidy(merged)
-    if (base := merged.value.pop("base", None)) is not None:
-        merged, found = _over_base(merged, base, path)
-        problems += found
-    if row is not None:
-        layer = from_plain(dict(row), Origin("row", text="table row"))
-        problems += tidy(layer) + refuse_unknown_stages(merged, layer)
-        merged = merge(merged, layer)
+    merged, problems = _below_the_scale(path, row)
     merged, found = _at_scale(merged, scale)
     problems += found
     for text in overrides:
@@ -50,6 +42,36 @@ def merged_layers(
     for name, stage in stages.value.items() if stages is not None and stages.is_mapping else ():
         stage.value.setdefault("name", Node(name, stage.origin))
     return merged, problems
+
+
+def row_document(path: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe, its base and a table's row over it as the content of one recipe file, ``mini:`` block included.
+
+    Raises RecipeError with the mistakes in names; the rest is found when the file is loaded.
+    """
+    merged, problems = _below_the_scale(path, row)
+    if problems:
+        raise RecipeError(problems)
+    document: dict[str, Any] = merged.plain()
+    if isinstance(stages := document.get("stages"), dict):
+        document["stages"] = [{"name": name, **stage} for name, stage in stages.items()]
+    return document
+
+
+def _below_the_scale(path: Path, row: Mapping[str, Any] | None) -> tuple[Node, list[Problem]]:
+    """base < recipe < table row, with the ``mini:`` block still in it."""
+    merged, problems = read_recipe(path)
+    problems += tidy(merged)
+    if (base := merged.value.pop("base", None)) is not None:
+        merged, found = _over_base(merged, base, path)
+        problems += found
+    if row is None:
+        return merged, problems
+    for key in _OF_THE_PAPER:  # said of the recipe's own row
+        merged.value.pop(key, None)
+    layer = from_plain(dict(row), Origin("row", text="table row"))
+    problems += tidy(layer) + refuse_unknown_stages(merged, layer)
+    return merge(merged, layer), problems
 
 
 def _over_base(recipe: Node, base_name: Node, path: Path) -> tuple[Node, list[Problem]]:

@@ -103,13 +103,15 @@ class ScheduleSettings(ComponentSettings):
 class LrScalingSettings(Settings):
     """Learning rate, and warmup given in epochs, for another batch size than the one they were tuned at.
 
-    The learning rate grows by the rule, the warmup epochs linearly (LAMB paper, section 4.3).
+    The learning rate grows by the rule, the warmup epochs linearly (LAMB paper, section 4.3) unless they are to stay.
     """
 
     rule: Literal["sqrt", "linear"]
     """How the learning rate grows with the global batch size."""
     base_global_batch_size: PositiveInt
     """The global batch size that `optimizer.lr` belongs to."""
+    warmup: Literal["linear", "keep"] = "linear"
+    """`linear`: warmup epochs grow with the batch, warmup steps stay; `keep`: they stay (Goyal et al. 2017)."""
 
 
 class Interval(Settings):

@@ -170,7 +170,7 @@ def _given(facts: DataFacts | None) -> dict[str, Any]:
 
 
 def _scaled(settings: StageSettings, optimizer: Component) -> tuple[Component, ScheduleSettings]:
-    """Learning rate by the rule, warmup in epochs or as a ratio linearly: the warmup steps stay what they were."""
+    """Learning rate by the rule; warmup in epochs or as a ratio linearly, so that its steps stay, or not at all."""
     rule, schedule = settings.lr_scaling, settings.schedule
     assert rule is not None
     lr = optimizer.options.get("lr")
@@ -183,7 +183,7 @@ def _scaled(settings: StageSettings, optimizer: Component) -> tuple[Component, S
     warmup = {
         key: scaling.scaled_warmup_epochs(length, **sizes)
         for key in ("warmup_epochs", "warmup_ratio")
-        if (length := getattr(schedule, key)) is not None
+        if rule.warmup == "linear" and (length := getattr(schedule, key)) is not None
     }
     scaled_lr = scaling.scaled_lr(lr, rule=rule.rule, **sizes)
     return Component(optimizer.name, {**optimizer.options, "lr": scaled_lr}), schedule.model_copy(update=warmup)

@@ -32,11 +32,18 @@ def test_the_working_folders_recipes_come_first(write: Write) -> None:
 
 
 def test_recipes_in_folders_have_names_with_the_folder(write: Write) -> None:
-    path = write(VALID, "recipes/tables/lamb_3.yaml")
-    assert find_recipe("tables/lamb_3") == path
+    path = write(VALID, "recipes/vision/lamb_3.yaml")
+    assert find_recipe("vision/lamb_3") == path
     assert find_recipe("lamb_3") == path
     write(VALID, "recipes/more/lamb_3.yaml")
-    with pytest.raises(UsageError, match="'lamb_3' names several recipes: more/lamb_3, tables/lamb_3"):
+    with pytest.raises(UsageError, match="'lamb_3' names several recipes: more/lamb_3, vision/lamb_3"):
+        find_recipe("lamb_3")
+
+
+def test_files_of_tables_are_no_recipes(write: Write) -> None:
+    write("version: 1\ntables: [lamb/3]\n", "recipes/tables/lamb_3.yaml")
+    assert not [recipe for recipe in list_recipes() if "tables" in recipe.name]
+    with pytest.raises(UsageError, match="no recipe named 'lamb_3'"):
         find_recipe("lamb_3")
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import VALID, Write
 
-from lbzoo.recipe import load_recipe
+from lbzoo.recipe import load_recipe, to_yaml
+from lbzoo.recipe.layers import row_document
+from lbzoo.recipe.schema import Scale
 
 BASE = """\
 version: 1
@@ -44,6 +46,26 @@ def test_each_layer_beats_those_below(top: Path) -> None:
     assert options(top, row=row) == {"lr": 3.0, "weight_decay": 3.0, "eps": 2.0}
     assert options(top, row=row, scale="mini") == {"lr": 4.0, "weight_decay": 3.0, "eps": 4.0}
     assert options(top, "optimizer.lr=5", row=row, scale="mini") == {"lr": 5.0, "weight_decay": 3.0, "eps": 4.0}
+
+
+def test_a_row_drops_what_the_recipe_says_of_its_own(top: Path) -> None:
+    row = {"table": {"id": "novograd/3", "row": {"batch_size": 8192}}, "expect": {"val/top1": 0.8}}
+    resolved = load_recipe(write_into(top, "expect: {val/top1: 0.7}\nhardware: {devices: 4}\n"), row=row)
+    assert resolved.hardware is None
+    assert resolved.table is not None
+    assert (resolved.table.row, resolved.expect) == ({"batch_size": 8192}, {"val/top1": 0.8})
+
+
+def write_into(path: Path, more: str) -> Path:
+    path.write_text(path.read_text() + more)
+    return path
+
+
+@pytest.mark.parametrize("scale", ["paper", "mini", "smoke"])
+def test_a_row_s_document_is_a_recipe_of_its_own(top: Path, write: Write, scale: Scale) -> None:
+    row = {"optimizer": {"weight_decay": 3.0}, "data": {"global_batch_size": 512}, "mini": {"epochs": 2}}
+    whole = write(to_yaml(row_document(top, row)), "elsewhere/whole.yaml")
+    assert load_recipe(whole, scale=scale).hash == load_recipe(top, scale=scale, row=row).hash
 
 
 def test_every_value_remembers_its_layer(top: Path) -> None:

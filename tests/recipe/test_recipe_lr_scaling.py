@@ -44,3 +44,17 @@ def test_table_4(write: Write, row: dict[str, float]) -> None:
     assert stage.schedule.warmup_ratio == pytest.approx(row["warmup_ratio"])
     assert stage.steps == 512_000_000 // row["batch_size"]
     assert build_schedule(stage).warmup_steps == 3125, "the same number of steps at every batch size (4.3)"
+
+
+@pytest.mark.parametrize("batch", [2048, 8192])
+def test_warmup_epochs_may_stay(write: Write, batch: int) -> None:
+    """Goyal et al. 2017: 0.1 for each 256, and 5 epochs of warmup at every batch size."""
+    words = [
+        f"data.global_batch_size={batch}",
+        "optimizer={name: momentum, lr: 0.1}",
+        "schedule.warmup_epochs=5",
+        "lr_scaling={rule: linear, base_global_batch_size: 256, warmup: keep}",
+    ]
+    (stage,) = load_recipe(write(IMAGENET), words).stages
+    assert stage.optimizer.options["lr"] == pytest.approx(0.1 * batch / 256)
+    assert stage.schedule.warmup_epochs == 5
