@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lbzoo.errors import UsageError
@@ -70,6 +71,21 @@ def shard_groups(tensor: Tensor) -> ShardGroups:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor`` is laid out over a mesh of ranks, if only of one."""
     return isinstance(tensor, DTensor)
+
+
+def is_sharded_over(tensor: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether ``tensor`` is split along the last dimension of ``mesh``, and the same along the others."""
+    return (
+        isinstance(tensor, DTensor)
+        and tensor.device_mesh == mesh
+        and tensor.placements[-1].is_shard()
+        and all(placement.is_replicate() for placement in tensor.placements[:-1])
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its parts, on every rank. Collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def data_parallel_ranks(parameters: Iterable[Tensor]) -> int:

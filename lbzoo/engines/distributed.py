@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,24 +15,28 @@ from lbzoo.engines.launch import World
 T = TypeVar("T")
 
 
-def start(world: World) -> None:
-    """Join the process group; nothing for a world of one.
+@contextmanager
+def process_group(world: World, *, also_alone: bool = False) -> Iterator[None]:
+    """Join the process group and leave it in the end; one that is there already is used, and stays.
 
-    GPUs get a CPU back-end beside NCCL: flags and file names travel without touching the device.
+    A world of one has none unless ``also_alone``: FSDP2 needs a group even so. GPUs get a CPU back-end beside NCCL:
+    flags and file names travel without touching the device.
     """
-    if world.world_size == 1 or dist.is_initialized():
+    if dist.is_initialized() or (world.world_size == 1 and not also_alone):
+        yield
         return
     if world.launched_by == "slurm":
         _set_variables_from_slurm(world)
+    options: dict[str, Any] = {}
+    if world.world_size == 1:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if world.accelerator == "cuda":
         torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", world.local_rank))
-    else:
-        dist.init_process_group("gloo")
-
-
-def stop() -> None:
-    if dist.is_available() and dist.is_initialized():
+        options["device_id"] = torch.device("cuda", world.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo", **options)
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.errors import UsageError
+from lbzoo.recipe.schema import TrainerSettings
 
 RUN_FOLDER_VARIABLE = "LBZOO_RUN_FOLDER"  # set by launch_workers for the processes it starts
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -90,6 +91,21 @@ def check_launchable(world: World) -> None:
             f"(one task a device) or with\n  torchrun --nnodes={world.num_nodes} --nproc-per-node={world.devices} "
             "--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 -m lbzoo fit RECIPE ..."
         )
+
+
+def check_trainer(settings: TrainerSettings, world: World) -> None:
+    """Raise UsageError for what the recipe's ``trainer`` asks for and this world cannot give."""
+    if settings.precision == "16-mixed" and world.accelerator == "cpu":
+        raise UsageError("trainer.precision: 16-mixed needs a GPU (Lightning would take bf16-mixed instead); "
+                         "on a CPU use bf16-mixed or 32-true")  # fmt: skip
+    size = settings.fsdp.shard_size if settings.fsdp else None
+    if size is None:
+        return
+    fitting = [n for n in range(2, world.world_size + 1) if world.world_size % n == 0]
+    if size not in fitting:
+        choices = f"one of {', '.join(map(str, fitting))}, or" if fitting else "more devices, or"
+        why = "is strategy: ddp" if size == 1 else f"does not divide the {world.world_size} devices of the run"
+        raise UsageError(f"trainer.fsdp.shard_size: {size} {why}; use {choices} leave it out to shard over all devices")
 
 
 def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> int:

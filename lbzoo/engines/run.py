@@ -19,6 +19,7 @@ from lbzoo.engines.launch import (
     RUN_FOLDER_VARIABLE,
     World,
     check_launchable,
+    check_trainer,
     die_with_parent,
     find_world,
     launch_workers,
@@ -117,11 +118,8 @@ def validate(
     from lbzoo.engines import distributed
     from lbzoo.engines.stages import evaluate
 
-    distributed.start(world)
-    try:
+    with distributed.process_group(world, also_alone=resolved.trainer.strategy == "fsdp"):
         return evaluate(resolved, source, world, weights)
-    finally:
-        distributed.stop()
 
 
 def _fit_in_process(
@@ -140,18 +138,16 @@ def _fit_in_process(
     from lbzoo.engines.stage_run import Start
     from lbzoo.engines.stages import train
 
-    distributed.start(world)
     quiet: Say = say if world.rank == 0 else lambda text: None
-    run = RunFolder(distributed.on_rank_zero(lambda: open_run(resolved, resume, runs, quiet).path))
-    checkpoint = distributed.on_rank_zero(lambda: resume_point(run) if resume is not None else None)
-    state = read_state(checkpoint) if checkpoint else None
-    start = Start(checkpoint, state, weights)
-    try:
-        outcome = _guarded(run, world, lambda: train(resolved, sources, world, run, start))
-    except StopRequested as stop:
-        return _result(run, stop.exit_code)
-    finally:
-        distributed.stop()
+    with distributed.process_group(world, also_alone=resolved.trainer.strategy == "fsdp"):
+        run = RunFolder(distributed.on_rank_zero(lambda: open_run(resolved, resume, runs, quiet).path))
+        checkpoint = distributed.on_rank_zero(lambda: resume_point(run) if resume is not None else None)
+        state = read_state(checkpoint) if checkpoint else None
+        start = Start(checkpoint, state, weights)
+        try:
+            outcome = _guarded(run, world, lambda: train(resolved, sources, world, run, start))
+        except StopRequested as stop:
+            return _result(run, stop.exit_code)
     if world.rank == 0:
         best = {"monitor": outcome.best.monitor, "value": outcome.best.value, "step": outcome.best.step}
         run.write_status("finished", exit_code=0, step=outcome.step, metrics=outcome.metrics, best=best)
@@ -188,9 +184,9 @@ def _world(resolved: ResolvedRecipe) -> World:
     settings = resolved.trainer
     if settings.engine != "lightning":
         raise UsageError(f"trainer.engine: {settings.engine} is not in this version of lbzoo; use lightning")
-    if settings.strategy == "fsdp":
-        raise UsageError("trainer.strategy: fsdp is not in this version of lbzoo; use ddp or auto")
-    return find_world(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes)
+    world = find_world(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes)
+    check_trainer(settings, world)
+    return world
 
 
 def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> tuple[ResolvedRecipe, Sources]:

@@ -14,6 +14,7 @@ from lbzoo.checkpoint import load_checkpoint, save_checkpoint
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.engines.running_statistics import average_running_statistics
 from lbzoo.engines.seeding import seed_micro_batch
+from lbzoo.engines.sharded_model import free_gathered_weights
 from lbzoo.engines.signals import StopRequested, StopSignals
 
 
@@ -49,6 +50,13 @@ class Restore(Callback):
             ]
             for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = lr
+
+
+class FreeGatheredWeights(Callback):
+    """After a validation under FSDP the parameters are those that are trained again, for all callbacks that follow."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        free_gathered_weights(pl_module)
 
 
 class AverageStatistics(Callback):

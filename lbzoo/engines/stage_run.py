@@ -20,7 +20,14 @@ from lbzoo.data.loader import Loader, train_loader, val_loader
 from lbzoo.engines.global_items import GlobalItems, ReadAhead
 from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
-from lbzoo.engines.run_callbacks import AverageStatistics, Best, Checkpointer, MicroBatchSeeds, Restore
+from lbzoo.engines.run_callbacks import (
+    AverageStatistics,
+    Best,
+    Checkpointer,
+    FreeGatheredWeights,
+    MicroBatchSeeds,
+    Restore,
+)
 from lbzoo.engines.run_folder import RunFolder, environment
 from lbzoo.engines.signals import StopSignals
 from lbzoo.errors import UsageError
@@ -87,6 +94,7 @@ class StageRun:
         self._checkpointer = self._make_checkpointer(module, state)
         self._items = GlobalItems(self.accumulate, module) if GlobalItems.needed_by(module) else None
         self.callbacks: list[Callback] = [
+            FreeGatheredWeights(),
             MicroBatchSeeds(recipe.seed),
             *([self._items] if self._items is not None else []),
             Restore(start.checkpoint, self.step - stage.first_step),

@@ -13,12 +13,14 @@ import torch
 
 from lbzoo.checkpoint import load_weights
 from lbzoo.data.base import DataSource
+from lbzoo.engines.activation_checkpointing import checkpoint_activations
 from lbzoo.engines.launch import World
 from lbzoo.engines.run_callbacks import Best
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.engines.stage_run import Outcome, StageRun, Start, validation_loader
 from lbzoo.errors import CheckpointError
 from lbzoo.recipe import ResolvedRecipe, Stage, build_schedule, build_task, optimizer_factory
+from lbzoo.sharding import whole
 from lbzoo.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ def _build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
     torch.manual_seed(recipe.seed)
     module = build_task(stage)
     module.bind(optimizer_factory(stage), build_schedule(stage))
+    checkpoint_activations(module, recipe.trainer)
     return module
 
 
@@ -96,7 +99,7 @@ def _carry_weights(earlier: Task, later: Task) -> None:
     fresh = [name for name in own if name not in carried]
     if fresh:
         log.warning("%d entries are new in this stage, the first is %s", len(fresh), fresh[0])
-    later.load_state_dict({**own, **carried})
+    later.load_state_dict({**own, **{name: whole(tensor) for name, tensor in carried.items()}})
 
 
 def _set_threads(recipe: ResolvedRecipe, world: World) -> None:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import ClusterEnvironment
 
 from lbzoo.engines.launch import World
+from lbzoo.engines.sharded_strategy import ShardedStrategy
 from lbzoo.recipe import ResolvedRecipe
 
 # What the engine does itself, or says in its own words.
@@ -28,7 +29,9 @@ def hardware(recipe: ResolvedRecipe, world: World) -> dict[str, Any]:
     """The Trainer's arguments for devices, strategy and precision."""
     settings = recipe.trainer
     strategy: Any = "auto"
-    if world.world_size > 1:
+    if settings.strategy == "fsdp":
+        strategy = ShardedStrategy(world, settings)
+    elif world.world_size > 1:
         strategy = pl.strategies.DDPStrategy(
             gradient_as_bucket_view=True,
             broadcast_buffers=False,  # running statistics are averaged when they are needed, not rank 0's taken
@@ -40,13 +43,39 @@ def hardware(recipe: ResolvedRecipe, world: World) -> dict[str, Any]:
         "num_nodes": world.num_nodes,
         "strategy": strategy,
         "precision": settings.precision,
-        "plugins": [_environment(world)],
+        "plugins": [_Joined(world)],
     }
 
 
-def _environment(world: World) -> ClusterEnvironment:
-    """``distributed.start`` has set torchrun's variables, under SLURM too."""
-    return TorchElasticEnvironment() if world.launched_by else LightningEnvironment()
+class _Joined(ClusterEnvironment):
+    """The process group that is there already (distributed.py), in Lightning's words."""
+
+    creates_processes_externally = True
+    main_address, main_port = "", 0  # only for making one
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._world.world_size
+
+    def global_rank(self) -> int:
+        return self._world.rank
+
+    def local_rank(self) -> int:
+        return self._world.local_rank
+
+    def node_rank(self) -> int:
+        return self._world.rank // self._world.devices
+
+    def set_world_size(self, size: int) -> None: ...
+
+    def set_global_rank(self, rank: int) -> None: ...
 
 
 def set_counters(trainer: pl.Trainer, step: int, accumulate: int) -> None:

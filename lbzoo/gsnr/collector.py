@@ -183,6 +183,11 @@ class GradientStats:
         self.reset()
         self._backend.switch.is_on = True
 
+    @property
+    def is_collecting(self) -> bool:
+        """Not between :meth:`pause` and :meth:`resume`, nor after :meth:`detach`."""
+        return self.is_attached and self._backend.switch.is_on
+
     def reset(self) -> None:
         """Forget the window; the next backward pass begins another. The averages of the noise scale stay."""
         for sums in self._sums.values():

@@ -130,6 +130,23 @@ class Interval(Settings):
         return self
 
 
+class FsdpSettings(Settings):
+    """How `strategy: fsdp` shards the model."""
+
+    shard_size: PositiveInt | None = None
+    """Devices that share one copy of the model; every such group holds a copy (HSDP). All devices by default."""
+    layers: list[str] | None = None
+    """Units that are gathered one at a time: globs on classes (`*Block`) or on paths (`model.stages.*`) of modules.
+
+    By default those that the task names; what is in none of them is one more unit.
+    """
+    reshard_after_forward: bool | None = None
+    """Free a layer's gathered weights between forward and backward, for memory; without it, one gather less a step.
+
+    By default true, unless the task's loss reads the weights themselves.
+    """
+
+
 class TrainerSettings(Settings):
     """What runs the training, and on what."""
 
@@ -137,6 +154,10 @@ class TrainerSettings(Settings):
     """Both engines train the same steps on the same samples."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """`ddp` replicates the model, `fsdp` shards it (FSDP2); `auto` takes ddp on more than one device."""
+    fsdp: FsdpSettings | None = None
+    """How `strategy: fsdp` shards the model; null drops what a base says."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the layers that FSDP gathers, under any strategy, and compute the rest anew backward."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes GPUs where there are any."""
     devices: PositiveInt | Literal["auto"] = "auto"
@@ -151,6 +172,12 @@ class TrainerSettings(Settings):
     """Data-loading processes of each device."""
     validate_every: Interval = Interval(epochs=1)
     """How often the validation set is run; it always runs at the end of a stage."""
+
+    @model_validator(mode="after")
+    def _fsdp_is_meant(self) -> TrainerSettings:
+        if self.fsdp is not None and self.strategy != "fsdp":
+            raise ValueError(f"fsdp has options, but strategy is {self.strategy}; set strategy: fsdp, or fsdp: null")
+        return self
 
 
 class CheckpointSettings(Settings):

@@ -31,6 +31,12 @@ class Task(LightningModule):
     monitor: ClassVar[str] = "val/loss"
     mode: ClassVar[Literal["min", "max"]] = "min"
 
+    fsdp_layers: ClassVar[tuple[str, ...]] = ()
+    """Globs on the classes of the modules that FSDP gathers one at a time and activation checkpointing computes anew.
+
+    The outermost that match; everything else is one more unit. A recipe may say otherwise (``trainer.fsdp.layers``).
+    """
+
     _optimizer_factory: OptimizerFactory | None = None
     _lr_multiplier: Callable[[int], float] | None = None
 
@@ -45,6 +51,11 @@ class Task(LightningModule):
         """
         self._optimizer_factory = optimizer_factory
         self._lr_multiplier = lr_multiplier
+
+    @property
+    def loss_reads_weights(self) -> bool:
+        """Whether ``training_step`` reads parameters outside the forward pass of their layers, as an L2 term does."""
+        return False
 
     def configure_optimizers(self) -> Any:
         multiplier = self._lr_multiplier

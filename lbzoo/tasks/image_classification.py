@@ -35,6 +35,7 @@ class ImageClassification(Task):
 
     monitor = "val/top1"
     mode = "max"
+    fsdp_layers = ("*Block", "*Bottleneck", "*Residual")  # of timm's families and our own: a residual block is a unit
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -77,6 +78,10 @@ class ImageClassification(Task):
             images = images.to(self.pixel_mean.dtype).sub_(self.pixel_mean).div_(self.pixel_std)
         logits: Tensor = self.model(images.contiguous(memory_format=self.memory_format))
         return logits
+
+    @property
+    def loss_reads_weights(self) -> bool:
+        return self.l2_regularization > 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

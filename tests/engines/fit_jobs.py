@@ -1,0 +1,54 @@
+"""``fit`` and ``validate`` on the ranks of a test; apart from the tests, so that worker processes can import them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lbzoo.checkpoint import load_weights, resolve_checkpoint
+from lbzoo.engines import RunResult, fit, validate
+from lbzoo.recipe import build_task, load_recipe
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@contextmanager
+def as_if_launched() -> Iterator[None]:
+    """With the variables that torchrun would have set for this rank."""
+    torch.set_num_threads(1)
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        os.environ.update(dict(zip(VARIABLES, map(str, (rank, size, rank, size)), strict=True)))
+    try:
+        yield
+    finally:
+        for name in VARIABLES:
+            os.environ.pop(name, None)
+
+
+def fit_here(recipe: Path, overrides: list[str], runs: Path, **options: Any) -> RunResult:
+    """``fit`` on the ranks of the process group that is there; in this process where there is none."""
+    with as_if_launched():
+        return fit(recipe, overrides, runs=runs, **options)
+
+
+def validate_here(run: Path, overrides: list[str]) -> dict[str, float]:
+    with as_if_launched():
+        return validate(run, overrides, prefer="last")
+
+
+def saved_weights(run: Path) -> dict[str, Tensor]:
+    """The parameters of a run's last checkpoint, in the type they were trained in, in one process."""
+    recipe = load_recipe(run / "recipe.yaml")
+    task = build_task(recipe.stages[-1])
+    if recipe.trainer.precision == "64-true":
+        task.double()
+    load_weights(resolve_checkpoint(run), task)
+    return {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
