@@ -5,7 +5,7 @@ parameter name, without wrapper prefixes) with a ``state.json`` that says where 
 final name and renamed, so a directory under its final name is always whole.
 """
 
-from lbzoo.checkpoint.folder import CheckpointFolder, read_state, resolve_checkpoint
+from lbzoo.checkpoint.folder import CheckpointFolder, read_state, resolve_checkpoint, validates_averages
 from lbzoo.checkpoint.format import load_checkpoint, load_weights, save_checkpoint
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "read_state",
     "resolve_checkpoint",
     "save_checkpoint",
+    "validates_averages",
 ]

@@ -85,6 +85,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def validates_averages(path: Path) -> bool:
+    """Whether the metrics of a checkpoint are those of its averaged weights; False for a file of weights."""
+    if path.is_file():
+        return False
+    ema = read_state(path).get("ema")
+    return isinstance(ema, dict) and bool(ema.get("in_validation"))
+
+
 def resolve_checkpoint(path: Path, *, prefer: str = "last") -> Path:
     """The checkpoint that a path means: a checkpoint itself, a run folder, or its ``checkpoints/`` folder.
 

@@ -27,10 +27,17 @@ from lbzoo.errors import CheckpointError, did_you_mean
 FORMAT = 1
 
 
-def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    averages: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write ``path`` (which must not exist under this name yet): tensors, then ``state.json``, then the rename.
 
-    ``state`` is JSON-able. Collective: every rank calls it; rank 0 renames, and all wait for that.
+    ``state`` is JSON-able; ``averages`` are those of the weights, by their names. Collective: every rank calls it; rank
+    0 renames, and all wait for that.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -42,7 +49,8 @@ def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
     _barrier()
     model_state, optimizer_state = get_state_dict(module, optimizer)
     with _quiet():
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=beside)
+        content = {"model": model_state, "optimizer": optimizer_state, "ema": dict(averages or {})}
+        dcp.save(content, checkpoint_id=beside)
     _barrier()
     if _rank() == 0:
         sizes = {file.name: file.stat().st_size for file in sorted(beside.iterdir())}
@@ -55,8 +63,13 @@ def save_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
     _barrier()
 
 
-def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load model and optimizer in place, whatever layout they have now, and return the checkpoint's state.
+def load_checkpoint(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """Load model, optimizer and averages in place, whatever layout they have now, and return the checkpoint's state.
 
     Raises CheckpointError where a file is damaged or where the checkpoint is of another model, naming the parameters.
     """
@@ -68,14 +81,20 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
     model_state, optimizer_state = get_state_dict(module, optimizer)
     target: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     _check_same_keys(path, target["optimizer"]["state"], "optimizer.state.", "optimizer state")
+    if averages is not None:
+        _require_same(path, _shapes(averages), _stored_averages(path))
+        target["ema"] = dict(averages)
     with _quiet():
         dcp.load(target, checkpoint_id=path)
     set_state_dict(module, optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
     return state
 
 
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Load the model's weights alone: from a checkpoint, or from a ``.pt``/``.pth``/``.safetensors`` state dict."""
+def load_weights(path: Path, module: nn.Module, *, averaged: bool = False) -> None:
+    """Load the model's weights alone: from a checkpoint, or from a ``.pt``/``.pth``/``.safetensors`` state dict.
+
+    ``averaged`` takes a checkpoint's averages in place of the weights that they are of.
+    """
     if path.is_file():
         _load_weights_file(path, module)
         return
@@ -88,6 +107,27 @@ def load_weights(path: Path, module: nn.Module) -> None:
     with _quiet():
         dcp.load(target, checkpoint_id=path)
     set_model_state_dict(module, target["model"])
+    if averaged:
+        _load_averages(path, module)
+
+
+def _load_averages(path: Path, module: nn.Module) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with _quiet():
+        dcp.load({"ema": {name: own[name].detach() for name in _stored_averages(path)}}, checkpoint_id=path)
+
+
+def _stored_averages(path: Path) -> dict[str, tuple[int, ...]]:
+    stored = _stored(path, "ema.")
+    if not stored:
+        raise CheckpointError(f"{path} holds no averages of the weights: it was saved without trainer.ema")
+    return stored
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _load_weights_file(path: Path, module: nn.Module) -> None:
@@ -102,8 +142,7 @@ def _load_weights_file(path: Path, module: nn.Module) -> None:
         raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{path} holds a {type(weights).__name__}, not a state dict of tensors by name")
-    own = module.state_dict()
-    _require_same(path, {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in weights.items()})
+    _require_same(path, _shapes(module.state_dict()), _shapes(weights))
     module.load_state_dict(weights)
 
 

@@ -92,6 +92,8 @@ def _model_lines(stage: StagePlan) -> Iterator[tuple[str, str]]:
     else:
         ratio = size.optimizer_bytes / max(size.weight_bytes, 1)
         yield "optimizer", f"{stage.optimizer} keeps {_bytes(size.optimizer_bytes)}, {ratio:.2f} x the weights"
+    if size.average_bytes:
+        yield "weight average", _bytes(size.average_bytes)
     if size.statistics_bytes:
         yield "gradient stats", f"{_bytes(size.statistics_bytes)} for squares, communicated along with the gradients"
 

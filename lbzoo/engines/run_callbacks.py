@@ -16,6 +16,7 @@ from lbzoo.engines.running_statistics import average_running_statistics
 from lbzoo.engines.seeding import seed_micro_batch
 from lbzoo.engines.sharded_model import free_gathered_weights
 from lbzoo.engines.signals import StopRequested, StopSignals
+from lbzoo.engines.weight_average import AverageWeights
 
 
 class MicroBatchSeeds(Callback):
@@ -31,15 +32,19 @@ class MicroBatchSeeds(Callback):
 
 
 class Restore(Callback):
-    """Loads the checkpoint once model and optimizer stand as they will be trained, and sets the schedule."""
+    """Loads the checkpoint once model and optimizer stand as they will be trained, and sets the schedule.
 
-    def __init__(self, checkpoint: Path | None, stage_steps_done: int) -> None:
-        self._checkpoint, self._done = checkpoint, stage_steps_done
+    Comes after ``average``, the run's averages of the weights.
+    """
+
+    def __init__(self, checkpoint: Path | None, stage_steps_done: int, average: AverageWeights | None = None) -> None:
+        self._checkpoint, self._done, self._average = checkpoint, stage_steps_done, average
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint is None:
             return
-        load_checkpoint(self._checkpoint, pl_module, trainer.optimizers[0])
+        averages = self._average.complete() if self._average is not None else None
+        load_checkpoint(self._checkpoint, pl_module, trainer.optimizers[0], averages)
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             assert isinstance(scheduler, LambdaLR)  # Task.configure_optimizers makes no other
@@ -109,6 +114,7 @@ class Checkpointer(Callback):
         metrics: of the run's last validation.
         describe: the part of ``state.json`` that does not change from save to save, for a given step.
         signals: asked at the end of each step.
+        average: the averages of the weights, which are saved along.
     """
 
     def __init__(
@@ -124,6 +130,7 @@ class Checkpointer(Callback):
         metrics: dict[str, float],
         describe: Callable[[int], dict[str, Any]],
         signals: StopSignals,
+        average: AverageWeights | None = None,
     ) -> None:
         self._run = run
         self._last_step, self._every_steps, self._validate_every = last_step, every_steps, validate_every
@@ -131,6 +138,7 @@ class Checkpointer(Callback):
         self.best, self.metrics = best, metrics
         self._describe = describe
         self._signals = signals
+        self._average = average
         self._stop = 0  # the signal that the run was asked to stop by
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,7 +189,8 @@ class Checkpointer(Callback):
         for logger in trainer.loggers:
             logger.save()  # what is logged up to here is part of the state
         folder = self._run.checkpoints
-        save_checkpoint(folder.step_path(step), module, trainer.optimizers[0], state)
+        averages = self._average.complete() if self._average is not None else None
+        save_checkpoint(folder.step_path(step), module, trainer.optimizers[0], state, averages)
         if trainer.is_global_zero:
             folder.link("last", step)
             if is_best:

@@ -6,27 +6,39 @@ checkpoints use the mean over ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Every BatchNorm's running mean and variance, by the name of the buffer."""
+    # SyncBatchNorm is one too: its ranks agree already, and the mean of equals is exact.
+    layers = {n: layer for n, layer in module.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+    return {
+        f"{name}.{kind}" if name else kind: buffer
+        for name, layer in layers.items()
+        for kind in ("running_mean", "running_var")
+        if (buffer := getattr(layer, kind)) is not None
+    }
 
 
 def average_running_statistics(module: nn.Module) -> None:
     """Average every BatchNorm's running mean and variance over all ranks, in one all-reduce. Collective."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    average_over_ranks(running_statistics(module).values())
+
+
+def average_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its mean over all ranks: one all-reduce in float32 at least, none without tensors."""
+    tensors = list(tensors)
+    if not tensors or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    buffers = [
-        buffer
-        for layer in module.modules()
-        # SyncBatchNorm is one too: its ranks agree already, and the mean of equals is exact.
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        for buffer in (layer.running_mean, layer.running_var)
-        if buffer is not None
-    ]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.detach().float().view(-1) for buffer in buffers])
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    flat = torch.cat([tensor.detach().to(dtype).view(-1) for tensor in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))

@@ -30,6 +30,7 @@ from lbzoo.engines.run_callbacks import (
 )
 from lbzoo.engines.run_folder import RunFolder, environment
 from lbzoo.engines.signals import StopSignals
+from lbzoo.engines.weight_average import AverageWeights
 from lbzoo.errors import UsageError
 from lbzoo.recipe import Component, ResolvedRecipe, Stage, build_callbacks
 from lbzoo.tasks.base import Task
@@ -91,16 +92,18 @@ class StageRun:
         state = start.state or {}
         self.validation_owed = bool(state.get("validation_owed"))
         self.signals = StopSignals(self._leave_at_once)
+        self._average = AverageWeights(recipe.trainer.ema) if recipe.trainer.ema is not None else None
         self._checkpointer = self._make_checkpointer(module, state)
         self._items = GlobalItems(self.accumulate, module) if GlobalItems.needed_by(module) else None
         self.callbacks: list[Callback] = [
             FreeGatheredWeights(),
             MicroBatchSeeds(recipe.seed),
             *([self._items] if self._items is not None else []),
-            Restore(start.checkpoint, self.step - stage.first_step),
+            AverageStatistics(),
+            *([self._average] if self._average is not None else []),
+            Restore(start.checkpoint, self.step - stage.first_step, self._average),
             *_recipe_callbacks(recipe),
             StatsForOptimizers(micro_batch_size=stage.micro_batch_size),
-            AverageStatistics(),
             self._checkpointer,
         ]
 
@@ -154,6 +157,7 @@ class StageRun:
             metrics=dict(state.get("metrics", {})),
             describe=self._describe,
             signals=self.signals,
+            average=self._average,
         )
 
     def _progress(self, step: int) -> dict[str, Any]:
@@ -184,6 +188,7 @@ class StageRun:
             },
             "schedule": {"steps_done": step - stage.first_step, "steps": stage.steps},
             "rng": {"rule": "seeded before each micro-batch from (seed, step, micro-batch)", "seed": self.recipe.seed},
+            "ema": self.recipe.trainer.ema.model_dump() if self.recipe.trainer.ema is not None else None,
             "world_size": self.world.world_size,
             "engine": self.recipe.trainer.engine,
             "versions": environment()["packages"],

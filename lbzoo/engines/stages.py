@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from lbzoo.checkpoint import load_weights
+from lbzoo.checkpoint import load_weights, validates_averages
 from lbzoo.data.base import DataSource
 from lbzoo.engines.activation_checkpointing import checkpoint_activations
 from lbzoo.engines.launch import World
@@ -50,7 +50,7 @@ def train(
         if earlier is not None:
             _carry_weights(earlier, module)
         elif start.weights is not None:
-            load_weights(start.weights, module)
+            load_weights(start.weights, module, averaged=validates_averages(start.weights))
         here = start if stage.index == first else Start()
         if here.step >= stage.first_step + stage.steps:
             assert here.checkpoint is not None
@@ -70,7 +70,8 @@ def evaluate(recipe: ResolvedRecipe, source: DataSource, world: World, weights: 
     _set_threads(recipe, world)
     stage = recipe.stages[-1]
     module = _build_module(recipe, stage)
-    load_weights(weights, module)
+    ema = recipe.trainer.ema
+    load_weights(weights, module, averaged=ema is not None and ema.in_validation)
     loader = validation_loader(recipe, stage, source, world)
     return {name: float(value) for name, value in _engine(recipe).evaluate(recipe, world, module, loader).items()}
 

@@ -6,6 +6,7 @@ from lbzoo.recipe.resolved import Component, ResolvedRecipe, Stage
 from lbzoo.recipe.resolving import load_recipe, with_sample_counts
 from lbzoo.recipe.schema import (
     CheckpointSettings,
+    EmaSettings,
     Interval,
     LoggingSettings,
     LrScalingSettings,
@@ -18,6 +19,7 @@ from lbzoo.recipe.writing import to_yaml
 __all__ = [
     "CheckpointSettings",
     "Component",
+    "EmaSettings",
     "Interval",
     "LoggingSettings",
     "LrScalingSettings",

@@ -16,12 +16,14 @@ _LOCATIONS = ("root", "path", "folder")
 
 def training_hash(seed: int, stages: Sequence[Stage], trainer: TrainerSettings) -> str:
     """Of everything that changes the training; devices, engine, logging, checkpoints and callbacks do not."""
-    facts = {
+    facts: dict[str, Any] = {
         "seed": seed,
         "precision": trainer.precision,
         "gradient_clip_norm": trainer.gradient_clip_norm,
         "stages": [_training_facts(stage) for stage in stages],
     }
+    if trainer.ema is not None:  # added later: the hashes of recipes without it stay what they were
+        facts["ema"] = trainer.ema.model_dump()
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -17,7 +17,7 @@ class ModelSize:
     """One full copy of the model and of its optimizer's state; sharding divides the bytes.
 
     ``optimizer_bytes`` is None where the optimizer cannot say. ``statistics_bytes``: the sums of squared gradients, 0
-    where neither the optimizer nor a callback needs them.
+    where neither the optimizer nor a callback needs them. ``average_bytes``: of ``trainer.ema``, 0 without it.
     """
 
     parameters: int
@@ -25,6 +25,7 @@ class ModelSize:
     weight_bytes: int
     optimizer_bytes: int | None
     statistics_bytes: int = 0
+    average_bytes: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -118,7 +119,15 @@ def _model_size(recipe: ResolvedRecipe, stage: Stage) -> tuple[ModelSize | None,
         return None, str(error)
     sizes = (built.parameters, built.tensors, built.weight_bytes, built.optimizer_bytes)
     statistics = 4 * built.parameters if _collects_gradient_stats(recipe, stage) else 0
-    return ModelSize(*sizes, statistics_bytes=statistics, warnings=built.warnings), ""
+    average = _average_bytes(recipe, built.parameters)
+    return ModelSize(*sizes, statistics_bytes=statistics, average_bytes=average, warnings=built.warnings), ""
+
+
+def _average_bytes(recipe: ResolvedRecipe, parameters: int) -> int:
+    """Averages are float32, but for weights of more."""
+    if recipe.trainer.ema is None:
+        return 0
+    return (8 if recipe.trainer.precision == "64-true" else 4) * parameters
 
 
 def _collects_gradient_stats(recipe: ResolvedRecipe, stage: Stage) -> bool:

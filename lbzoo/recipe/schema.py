@@ -147,6 +147,17 @@ class FsdpSettings(Settings):
     """
 
 
+class EmaSettings(Settings):
+    """An exponential moving average of the weights, beside the weights that are trained. It begins with each stage."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    """What an optimizer step leaves of the average: 0.9999 averages over about 10,000 steps, and less at the start."""
+    every_steps: PositiveInt = 1
+    """Optimizer steps between updates, each by as much as these steps together."""
+    in_validation: bool = True
+    """Validate with the averages: `val/...`, the best checkpoint and `lbzoo validate` are then theirs."""
+
+
 class TrainerSettings(Settings):
     """What runs the training, and on what."""
 
@@ -168,6 +179,8 @@ class TrainerSettings(Settings):
     """Bits of the weights (`true`) or of the arithmetic alone (`mixed`)."""
     gradient_clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Global gradient norm above which gradients are scaled down; none by default."""
+    ema: EmaSettings | None = None
+    """Keep an average of the weights; null drops what a base says."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Data-loading processes of each device."""
     validate_every: Interval = Interval(epochs=1)
