@@ -66,6 +66,7 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "eps_in_root": _SWITCH,
     "lr_in_momentum": _SWITCH,
     "clip": _SWITCH,
+    "compile": _SWITCH,
 }
 
 

@@ -16,83 +16,52 @@ Each ratio phi(|x|)/|.| is 1 where either norm is 0. ``normalize_grad=False`` is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lbzoo.optim.adam_moments import adam_direction, gradient_direction
 from lbzoo.optim.batch import Batch
-from lbzoo.optim.elementwise import add_scaled_, as_column, sweep
+from lbzoo.optim.elementwise import as_column, on_eager_cpu, sweep
 from lbzoo.optim.info import register_optimizer
+from lbzoo.optim.lans_compiled import CompiledPasses
+from lbzoo.optim.lans_passes import Passes
 from lbzoo.optim.layerwise import LayerwiseOptimizer, inverse_norms, trust_ratio
 from lbzoo.optim.rules import Rule
 from lbzoo.optim.state import new_average, new_step_count
 
 
 def lans(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Any],
-    average_updates: Sequence[Tensor],
-    grad_updates: Sequence[Tensor],
+    passes: Passes,
     *,
     lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    beta1: float,
     normalize_grad: bool = True,
     norm_eps: float = 0.0,
     adapt: bool = True,
     weight_norm_range: tuple[float, float] | None = None,
     report: bool = False,
 ) -> Rule:
-    """The rule on lists of tensors, in place; see ``rules`` for its form.
-
-    ``average_updates`` (r) and ``grad_updates`` (c): temporaries like ``params``.
-    """
-    columns = [params, grads, exp_avgs, exp_avg_sqs, steps, average_updates, grad_updates]
+    """The rule on lists of tensors, in place; see ``rules`` for its form, and ``Passes`` for what goes over them."""
+    params = passes.params
     if normalize_grad:
-        (grad_norms,) = yield sweep(None, [grads], norms_of=[0])
-        columns.append(as_column(inverse_norms(grad_norms, norm_eps), params))
-    directions = partial(_directions, betas=betas, eps=eps, weight_decay=weight_decay)
-    param_norms, r_norms, c_norms = yield sweep(directions, columns, norms_of=[0, 5, 6])
+        (grad_norms,) = yield sweep(None, [passes.grads], norms_of=[0])
+        passes.grad_scales = as_column(inverse_norms(grad_norms, norm_eps), params)
+    param_norms, r_norms, c_norms = yield passes.update_moments()
     r_ratios, c_ratios = torch.ones_like(r_norms), torch.ones_like(c_norms)
     if adapt:
         r_ratios = trust_ratio(param_norms, r_norms, weight_norm_range)
         c_ratios = trust_ratio(param_norms, c_norms, weight_norm_range)
-    r_factors, c_factors = -lr * betas[0] * r_ratios, -lr * (1 - betas[0]) * c_ratios
+    factors = (-lr * beta1 * r_ratios, -lr * (1 - beta1) * c_ratios)
     if not report:
-        add_scaled_(params, (average_updates, r_factors), (grad_updates, c_factors))
+        passes.add_step(params, *factors)
         return {}
     change = [torch.zeros_like(param) for param in params]
-    add_scaled_(change, (average_updates, r_factors), (grad_updates, c_factors))
+    passes.add_step(change, *factors)
     torch._foreach_add_(list(params), change)
     (step_norms,) = yield sweep(None, [change], norms_of=[0])
     return {"trust_ratio": r_ratios, "trust_ratio_grad": c_ratios, "step_norm": step_norms}
-
-
-def _directions(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Any],
-    average_updates: Sequence[Tensor],
-    grad_updates: Sequence[Tensor],
-    grad_scales: Sequence[Any] | None = None,
-    **options: Any,
-) -> None:
-    """Update the moments and set both updates: r from the average, c from the gradient. An elementwise kernel."""
-    if grad_scales is not None:
-        grads = torch._foreach_mul(list(grads), list(grad_scales))
-    adam_direction(params, grads, exp_avgs, exp_avg_sqs, steps, average_updates, **options)
-    gradient_direction(params, grads, exp_avg_sqs, steps, grad_updates, **options)
 
 
 @register_optimizer(
@@ -107,7 +76,8 @@ class Lans(LayerwiseOptimizer):
     """LANS: LAMB with gradients normalised by layer and a look-ahead scaled on its own.
 
     ``lr``: the step of a tensor as a fraction of its norm. ``normalize_grad``, ``norm_eps``, ``adapt``: see the module.
-    ``weight_norm_range``: phi clamps |x| to it. Raises UsageError for values out of range.
+    ``weight_norm_range``: phi clamps |x| to it. ``compile``: on a CPU, in kernels that torch.compile makes (see
+    ``lans_compiled``; some 15 s at the first step, needs a C++ compiler). Raises UsageError for values out of range.
     """
 
     def __init__(
@@ -122,6 +92,7 @@ class Lans(LayerwiseOptimizer):
         norm_eps: float = 0.0,
         adapt: bool = True,
         weight_norm_range: tuple[float, float] | None = None,
+        compile: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -132,6 +103,7 @@ class Lans(LayerwiseOptimizer):
             "norm_eps": norm_eps,
             "adapt": adapt,
             "weight_norm_range": weight_norm_range,
+            "compile": compile,
         }
         super().__init__(params, defaults)
 
@@ -141,20 +113,29 @@ class Lans(LayerwiseOptimizer):
     def rule(self, batch: Batch) -> Rule:
         group = batch.group
         return lans(
-            batch.params,
-            batch.grads,
-            batch.state("exp_avg"),
-            batch.state("exp_avg_sq"),
-            batch.next_steps(),
-            batch.temporaries(0),
-            batch.temporaries(1),
+            self._passes(batch),
             lr=batch.lr,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            beta1=group["betas"][0],
             normalize_grad=group["normalize_grad"],
             norm_eps=group["norm_eps"],
             adapt=group["adapt"],
             weight_norm_range=group["weight_norm_range"],
             report=self.track_layer_stats,
         )
+
+    def _passes(self, batch: Batch) -> Passes:
+        group = batch.group
+        compiled = group.get("compile", False) and on_eager_cpu(batch.params) and not self.track_layer_stats
+        make: Any = CompiledPasses if compiled else Passes
+        passes: Passes = make(
+            batch.params,
+            batch.grads,
+            batch.state("exp_avg"),
+            batch.state("exp_avg_sq"),
+            batch.next_steps(),
+            batch.temporaries,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        return passes

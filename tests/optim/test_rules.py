@@ -10,7 +10,8 @@ import pytest
 import torch
 from reference import REFERENCES
 
-from lbzoo.optim import adam_moments, create_optimizer, elementwise, fused_kernels, momentum
+from lbzoo.errors import UsageError
+from lbzoo.optim import adam_moments, create_optimizer, elementwise, fused_kernels, lans_compiled, momentum
 
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.02}
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.02}
@@ -162,3 +163,51 @@ def test_equals_the_reference_on_the_path_of_accelerators(name, options, monkeyp
         monkeypatch.setattr(module, "on_eager_cpu", lambda tensors: False)
     assert run_both(name, options, torch.float64) < 1e-12
     assert run_both(name, options, torch.float32) < 1e-6
+
+
+LANS_OPTIONS = [options for name, options in CASES if name == "lans"]
+
+
+@pytest.mark.parametrize("options", LANS_OPTIONS, ids=[IDS[CASES.index(("lans", options))] for options in LANS_OPTIONS])
+def test_kernels_of_compiled_lans_equal_the_reference(options, monkeypatch):
+    kernels = (lans_compiled._moments_kernel, lans_compiled._step_kernel)
+    monkeypatch.setattr(lans_compiled, "_kernels", lambda: kernels)  # as they are, without a compiler
+    compiled_lans_on_small_tensors(monkeypatch, options)
+
+
+@pytest.mark.slow
+def test_compiled_lans_equals_the_reference(monkeypatch):
+    with torch._dynamo.config.patch(error_on_recompile=False, fail_on_recompile_limit_hit=True):
+        compiled_lans_on_small_tensors(monkeypatch, ADAM)
+
+
+def compiled_lans_on_small_tensors(monkeypatch, options):
+    called = []
+    monkeypatch.setattr(lans_compiled, "SMALL", 5)
+    monkeypatch.setattr(lans_compiled, "PIECE", 32)
+    kernels = lans_compiled._kernels()
+    monkeypatch.setattr(lans_compiled, "_kernels", lambda: called.append(1) or kernels)
+    reference = REFERENCES["lans"]
+    monkeypatch.setitem(REFERENCES, "lans", lambda *arrays, compile, **options: reference(*arrays, **options))
+    assert run_both("lans", {**options, "compile": True}, torch.float64) < 1e-12
+    assert run_both("lans", {**options, "compile": True}, torch.float32) < 1e-6
+    assert len(called) > 2 * STEPS
+
+
+@pytest.mark.slow
+def test_compiled_lans_without_a_compiler_says_what_to_do(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    lans_compiled._kernels.cache_clear()
+    torch.compiler.reset()
+    param = torch.nn.Parameter(torch.randn(40_000))
+    param.grad = torch.randn(40_000)
+    optimizer = create_optimizer([param], "lans", compile=True)
+    try:
+        with pytest.raises(UsageError, match=r"compile=True found no working C\+\+ compiler"):
+            optimizer.step()
+    finally:
+        lans_compiled._kernels.cache_clear()
+        torch.compiler.reset()
