@@ -22,6 +22,7 @@ from lbzoo.cli.optim import optim
 from lbzoo.cli.plan import plan
 from lbzoo.cli.schema import schema
 from lbzoo.cli.show import show
+from lbzoo.cli.table import table
 from lbzoo.cli.validate import validate
 from lbzoo.errors import LbzooError
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fit, validate, ls, show, cp, check, plan, schema, doctor):
+for verb in (fit, validate, ls, show, cp, check, plan, table, schema, doctor):
     app.command()(verb)
 app.add_typer(optim, name="optim")
 
