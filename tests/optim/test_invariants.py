@@ -326,6 +326,7 @@ BAD = {
     "eps_in_root": [None],
     "lr_in_momentum": ["in"],
     "clip": [0.5],
+    "compile": [1],
 }
 
 
