@@ -42,6 +42,8 @@ def shard(task: Task, world: World, settings: TrainerSettings) -> None:
     units = unit_layers(task, options.layers)
     if settings.precision in _TRUE:
         task.to(_TRUE[settings.precision])
+    for parameter in task.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no weights in channels_last; activations may stay so
     _refuse_scalars(task)
     _refuse_ties(task, units)
     mesh = _mesh(world, options)
