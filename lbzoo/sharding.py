@@ -143,6 +143,11 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
     One all_reduce for each set of shard groups, none where nothing is sharded, no host synchronisation.
     """
+    return _total_grad_norm(parameters).float()
+
+
+def _total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """In double precision."""
     with torch.no_grad():
         by_groups: dict[ShardGroups, list[Tensor]] = {}
         for parameter in parameters:
@@ -150,8 +155,8 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
                 by_groups.setdefault(shard_groups(parameter), []).append(local_gradient(parameter))
         sums = [reduce_over_shards(_square_sum(gradients), groups) for groups, gradients in by_groups.items()]
         if not sums:
-            return torch.zeros(())
-        return torch.stack([value.to(sums[0].device) for value in sums]).sum().sqrt().float()
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack([value.to(sums[0].device) for value in sums]).sum().sqrt()
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -160,14 +165,14 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Like ``torch.nn.utils.clip_grad_norm_``, which fails where some parameters are sharded and others are not.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = total_grad_norm(parameters)
+    norm = _total_grad_norm(parameters)  # float64 gradients lose nothing
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     with torch.no_grad():
         for parameter in parameters:
             assert parameter.grad is not None
             gradient = local(parameter.grad)
             gradient.mul_(factor.to(gradient.device))
-    return norm
+    return norm.float()
 
 
 def _square_sum(tensors: Sequence[Tensor]) -> Tensor:

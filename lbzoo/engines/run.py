@@ -182,8 +182,6 @@ def _guarded(run: RunFolder, world: World, train: Callable[[], Outcome]) -> Outc
 
 def _world(resolved: ResolvedRecipe) -> World:
     settings = resolved.trainer
-    if settings.engine != "lightning":
-        raise UsageError(f"trainer.engine: {settings.engine} is not in this version of lbzoo; use lightning")
     world = find_world(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes)
     check_trainer(settings, world)
     return world

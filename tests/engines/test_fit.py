@@ -354,9 +354,3 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train"):
         fit("resnet50_novograd_32k", [f"data.root={tmp_path}"], runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(("override", "message"), [("trainer.engine=accelerate", "use lightning")])
-def test_what_this_version_has_not(recipe: Path, tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        fit(recipe, [override], runs=tmp_path)
