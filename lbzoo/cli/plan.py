@@ -54,9 +54,9 @@ def _lines(stage: StagePlan) -> Iterator[tuple[str, str]]:
     counted = f" = {stage.steps_arithmetic}" if stage.steps_arithmetic else ""
     yield "steps", f"{stage.steps:,}{counted}; {stage.steps_per_epoch:,.2f} an epoch"
     yield "samples", f"{stage.samples:,} {stage.unit}: {stage.epochs:,.2f} epochs of {stage.num_train:,}"
-    split = stage.shards
-    rotating = f"; {split.rotating:,} more take turns" if split.rotating else ""
-    yield "virtual shards", f"{split.count:,}, one a micro-batch, of {split.samples:,} {stage.unit}{rotating}"
+    if (split := stage.shards) is not None:
+        rotating = f"; {split.rotating:,} more take turns" if split.rotating else ""
+        yield "virtual shards", f"{split.count:,}, one a micro-batch, of {split.samples:,} {stage.unit}{rotating}"
     if stage.lr is not None:
         yield "learning rate", f"{stage.lr:.6g}" + (f" = {stage.lr_arithmetic}" if stage.lr_arithmetic else "")
     yield "schedule", _schedule(stage)
@@ -64,10 +64,16 @@ def _lines(stage: StagePlan) -> Iterator[tuple[str, str]]:
 
 
 def _batch(stage: StagePlan, batch: BatchSum) -> str:
-    if batch.accumulation is None:
+    if batch.problem:
         return f"{batch.where}: {batch.problem}"
     device = batch.device or ("device" if batch.devices == 1 else "devices")
     nodes = f" x {batch.num_nodes:,} nodes" if batch.num_nodes > 1 else ""
+    if batch.accumulation is None or stage.micro_batch_size is None:
+        most = stage.global_batch_size // (batch.devices * batch.num_nodes)
+        return (
+            f"{stage.global_batch_size:,} on {batch.devices:,} {device}{nodes}, in micro-batches of up to {most:,}: "
+            f"found when the run starts ({batch.where})"
+        )
     return (
         f"{stage.global_batch_size:,} = {stage.micro_batch_size:,} x {batch.devices:,} {device}{nodes} "
         f"x {batch.accumulation:,} accumulated ({batch.where})"

@@ -13,7 +13,7 @@ from lbzoo.checkpoint.folder import read_state, resolve_checkpoint
 from lbzoo.engines.launch import RUN_FOLDER_VARIABLE
 from lbzoo.engines.run_folder import RunFolder, create_run, find_unfinished, run_of
 from lbzoo.errors import CheckpointError, UsageError
-from lbzoo.recipe import ResolvedRecipe, to_yaml
+from lbzoo.recipe import ResolvedRecipe, to_yaml, with_micro_batch_sizes
 
 Say = Callable[[str], None]
 
@@ -36,12 +36,13 @@ def open_run(resolved: ResolvedRecipe, resume: str | Path | None, runs: Path, sa
                 f"--init-from {wanted}, or remove the later checkpoints to continue from it"
             )
     if run is not None:
+        resolved = with_micro_batch_sizes(resolved, recorded_sizes(run))
         _check_same_recipe(resolved, run)
         point = resume_point(run, say)
         say(f"resuming {run.path} at step {read_state(point)['step'] if point else 0}")
     else:
         run = create_run(runs, resolved.name)
-        run.recipe_file.write_text(_recipe_text(resolved), encoding="utf-8")
+        run.recipe_file.write_text(recipe_text(resolved), encoding="utf-8")
         say(f"run folder: {run.path}")
     run.write_environment()
     for file in run.path.glob("failure_rank*.json"):
@@ -49,6 +50,11 @@ def open_run(resolved: ResolvedRecipe, resume: str | Path | None, runs: Path, sa
     run.write_status("running", exit_code=None, error=None, recipe=resolved.name, scale=resolved.scale,
                      recipe_hash=resolved.hash)  # fmt: skip
     return run
+
+
+def recorded_sizes(run: RunFolder) -> dict[str, int]:
+    """By stage: the micro-batch sizes that an earlier start of the run has found, where its recipe says ``auto``."""
+    return dict(run.status().get("micro_batch_sizes") or {})
 
 
 def resume_point(run: RunFolder, say: Say = lambda text: None) -> Path | None:
@@ -87,7 +93,7 @@ def _differences(earlier: Any, now: Any, path: str = "") -> list[str]:
     return [] if earlier == now else [f"{path} was {earlier!r} and is {now!r}"]
 
 
-def _recipe_text(resolved: ResolvedRecipe) -> str:
+def recipe_text(resolved: ResolvedRecipe) -> str:
     """The resolved recipe as a file of its own: it can be checked, fitted and validated again."""
     head = f"# The recipe of this run, resolved (scale {resolved.scale}, hash {resolved.hash}).\n"
     return head + to_yaml(resolved.document)

@@ -24,6 +24,7 @@ from lbzoo.engines.launch import (
     find_world,
     launch_workers,
 )
+from lbzoo.engines.micro_batch_sizes import check_sizes_can_be_found, with_found_sizes
 from lbzoo.engines.opening import Say, open_run, resume_point
 from lbzoo.engines.run_folder import RunFolder, run_of
 from lbzoo.errors import DataError, LbzooError, UsageError
@@ -86,6 +87,8 @@ def fit(
     for note in resolved.notes:
         _say_once(world, say, f"note: {note}")
     weights = _weights_path(init_from)
+    if resume is None:
+        check_sizes_can_be_found(resolved, world)
     resolved, sources = _check_before_start(resolved, world, say)
     if not world.in_process:
         check_launchable(world)
@@ -144,8 +147,12 @@ def _fit_in_process(
         checkpoint = distributed.on_rank_zero(lambda: resume_point(run) if resume is not None else None)
         state = read_state(checkpoint) if checkpoint else None
         start = Start(checkpoint, state, weights)
+
+        def find_sizes_and_train() -> Outcome:
+            return train(with_found_sizes(resolved, sources, world, run, quiet), sources, world, run, start)
+
         try:
-            outcome = _guarded(run, world, lambda: train(resolved, sources, world, run, start))
+            outcome = _guarded(run, world, find_sizes_and_train)
         except StopRequested as stop:
             return _result(run, stop.exit_code)
     if world.rank == 0:

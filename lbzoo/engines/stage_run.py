@@ -17,6 +17,7 @@ from lbzoo import scaling
 from lbzoo.callbacks.gradient_stats import StatsForOptimizers
 from lbzoo.data.base import DataSource
 from lbzoo.data.loader import Loader, train_loader, val_loader
+from lbzoo.engines.compiled import CompileModel
 from lbzoo.engines.global_items import GlobalItems, ReadAhead
 from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
@@ -100,6 +101,7 @@ class StageRun:
             MicroBatchSeeds(recipe.seed),
             *([self._items] if self._items is not None else []),
             AverageStatistics(),
+            *([CompileModel(recipe.trainer.compile)] if recipe.trainer.compile else []),
             *([self._average] if self._average is not None else []),
             Restore(start.checkpoint, self.step - stage.first_step, self._average),
             *_recipe_callbacks(recipe),

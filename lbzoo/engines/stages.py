@@ -46,7 +46,7 @@ def train(
     outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
     first = int(start.state["stage_index"]) if start.state else 0
     for stage in recipe.stages[first:]:
-        earlier, module = module, _build_module(recipe, stage)
+        earlier, module = module, build_module(recipe, stage)
         if earlier is not None:
             _carry_weights(earlier, module)
         elif start.weights is not None:
@@ -69,7 +69,7 @@ def evaluate(recipe: ResolvedRecipe, source: DataSource, world: World, weights: 
     """The validation metrics of a checkpoint's weights on the data of the recipe's last stage."""
     _set_threads(recipe, world)
     stage = recipe.stages[-1]
-    module = _build_module(recipe, stage)
+    module = build_module(recipe, stage)
     ema = recipe.trainer.ema
     load_weights(weights, module, averaged=ema is not None and ema.in_validation)
     loader = validation_loader(recipe, stage, source, world)
@@ -80,7 +80,7 @@ def _engine(recipe: ResolvedRecipe) -> Engine:
     return cast("Engine", importlib.import_module(f"lbzoo.engines.{recipe.trainer.engine}"))
 
 
-def _build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
+def build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
     """The same initial weights on every rank and for every layout: drawn on the CPU from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     module = build_task(stage)

@@ -3,9 +3,10 @@
 from lbzoo.recipe.build import build_callbacks, build_data, build_schedule, build_task, optimizer_factory
 from lbzoo.recipe.nodes import Origin, Problem, RecipeError
 from lbzoo.recipe.resolved import Component, ResolvedRecipe, Stage
-from lbzoo.recipe.resolving import load_recipe, with_sample_counts
+from lbzoo.recipe.resolving import load_recipe, with_micro_batch_sizes, with_sample_counts
 from lbzoo.recipe.schema import (
     CheckpointSettings,
+    CompileMode,
     EmaSettings,
     Interval,
     LoggingSettings,
@@ -18,6 +19,7 @@ from lbzoo.recipe.writing import to_yaml
 
 __all__ = [
     "CheckpointSettings",
+    "CompileMode",
     "Component",
     "EmaSettings",
     "Interval",
@@ -38,5 +40,6 @@ __all__ = [
     "load_recipe",
     "optimizer_factory",
     "to_yaml",
+    "with_micro_batch_sizes",
     "with_sample_counts",
 ]

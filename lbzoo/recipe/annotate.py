@@ -81,7 +81,8 @@ class _Writer:
 
     def _stage(self, stage: Stage, indent: str) -> Iterator[Line]:
         yield from self._component("task", stage.task, stage, indent)
-        sizes = {"global_batch_size": stage.global_batch_size, "micro_batch_size": stage.micro_batch_size}
+        micro = "auto" if stage.finds_micro_batch_size else stage.micro_batch_size
+        sizes = {"global_batch_size": stage.global_batch_size, "micro_batch_size": micro}
         yield from self._component("data", stage.data, stage, indent, sizes)
         rules = {"param_rules": list(stage.param_rules)} if stage.param_rules else {}
         yield from self._component("optimizer", stage.optimizer, stage, indent, rules)

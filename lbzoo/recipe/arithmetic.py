@@ -13,7 +13,8 @@ from lbzoo.recipe.resolved import Stage
 class BatchSum:
     """global = micro x devices x nodes x accumulation, on some machine.
 
-    ``accumulation`` is None where that is not whole; ``problem`` then says which sizes are.
+    ``accumulation`` is None where that is not whole, ``problem`` then says which sizes are; or where the micro-batch is
+    yet to be found.
     """
 
     where: str
@@ -33,6 +34,8 @@ def batch_sum(stage: Stage, *, where: str, device: str, devices: int, num_nodes:
         )
     except UsageError as error:
         return BatchSum(where, device, devices, num_nodes, None, str(error))
+    if stage.finds_micro_batch_size:
+        return BatchSum(where, device, devices, num_nodes, None)
     return BatchSum(where, device, devices, num_nodes, accumulation)
 
 

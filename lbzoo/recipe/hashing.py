@@ -36,7 +36,7 @@ def _training_facts(stage: Stage) -> dict[str, Any]:
         "optimizer": [stage.optimizer.name, stage.optimizer.options, stage.param_rules],
         "schedule": stage.schedule.model_dump(exclude_none=True),
         "global_batch_size": stage.global_batch_size,
-        "micro_batch_size": stage.micro_batch_size,
+        "micro_batch_size": "auto" if stage.finds_micro_batch_size else stage.micro_batch_size,
         "steps": stage.steps,
         "num_train": stage.num_train,
     }

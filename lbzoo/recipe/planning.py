@@ -31,13 +31,16 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The numbers of a stage. Steps are optimizer steps, sizes and shards count samples (``unit``)."""
+    """The numbers of a stage. Steps are optimizer steps, sizes and shards count samples (``unit``).
+
+    ``micro_batch_size`` and ``shards`` are None where the size is found when the run starts.
+    """
 
     name: str
     unit: str
     num_train: int
     global_batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | None
     batches: tuple[BatchSum, ...]
     steps: int
     steps_arithmetic: str
@@ -47,7 +50,7 @@ class StagePlan:
     schedule: str
     samples: int
     epochs: float
-    shards: Shards
+    shards: Shards | None
     optimizer: str
     lr: float | None
     lr_arithmetic: str
@@ -59,13 +62,13 @@ def plan_stage(recipe: ResolvedRecipe, stage: Stage, *, count_model: bool = True
     """The numbers of a stage; with ``count_model`` the model is built on the meta device, which imports all of it."""
     schedule = build_schedule(stage)
     samples = stage.steps * stage.global_batch_size
-    model, problem = _model_size(recipe, stage) if count_model else (None, "")
+    model, problem = model_size(recipe, stage) if count_model else (None, "")
     return StagePlan(
         name=stage.name,
         unit=build_data(stage).facts().unit,
         num_train=stage.num_train,
         global_batch_size=stage.global_batch_size,
-        micro_batch_size=stage.micro_batch_size,
+        micro_batch_size=None if stage.finds_micro_batch_size else stage.micro_batch_size,
         batches=_batches(recipe, stage),
         steps=stage.steps,
         steps_arithmetic=steps_arithmetic(stage),
@@ -75,7 +78,7 @@ def plan_stage(recipe: ResolvedRecipe, stage: Stage, *, count_model: bool = True
         schedule=schedule.name,
         samples=samples,
         epochs=samples / stage.num_train,
-        shards=shards(stage),
+        shards=None if stage.finds_micro_batch_size else shards(stage),
         optimizer=stage.optimizer.name,
         lr=stage.optimizer.options.get("lr"),
         lr_arithmetic=lr_arithmetic(stage),
@@ -111,14 +114,14 @@ def _devices_here(recipe: ResolvedRecipe) -> tuple[str, int]:
     return device, trainer.devices if isinstance(trainer.devices, int) else gpus or 1
 
 
-def _model_size(recipe: ResolvedRecipe, stage: Stage) -> tuple[ModelSize | None, str]:
-    """The sizes, or why there are none: a plan is worth having without them."""
+def model_size(recipe: ResolvedRecipe, stage: Stage) -> tuple[ModelSize | None, str]:
+    """The sizes of a stage's model, or why there are none: a plan is worth having without them."""
     try:
         built = dry_run(stage)
     except (LbzooError, ImportError, NotImplementedError, RuntimeError) as error:
         return None, str(error)
     sizes = (built.parameters, built.tensors, built.weight_bytes, built.optimizer_bytes)
-    statistics = 4 * built.parameters if _collects_gradient_stats(recipe, stage) else 0
+    statistics = 4 * built.parameters if collects_gradient_stats(recipe, stage) else 0
     average = _average_bytes(recipe, built.parameters)
     return ModelSize(*sizes, statistics_bytes=statistics, average_bytes=average, warnings=built.warnings), ""
 
@@ -130,7 +133,8 @@ def _average_bytes(recipe: ResolvedRecipe, parameters: int) -> int:
     return (8 if recipe.trainer.precision == "64-true" else 4) * parameters
 
 
-def _collects_gradient_stats(recipe: ResolvedRecipe, stage: Stage) -> bool:
+def collects_gradient_stats(recipe: ResolvedRecipe, stage: Stage) -> bool:
+    """Whether a callback or the optimizer looks at the single gradients of a step."""
     from lbzoo.optim import get_optimizer_info
 
     names = [callback.name for callback in recipe.callbacks if callback.name in registry.callbacks]

@@ -47,12 +47,15 @@ class Stage:
     """Warmup epochs are scaled."""
     global_batch_size: int
     micro_batch_size: int
+    """While ``finds_micro_batch_size``, the least that it can be: 1."""
     steps: int
     """Optimizer steps of this stage."""
     first_step: int
     """Optimizer steps of all stages before this one."""
     num_train: int
     """Training samples of an epoch."""
+    finds_micro_batch_size: bool = False
+    """The recipe says ``auto``, and the engine has not yet found the size (``with_micro_batch_sizes``)."""
     epochs: float | None = None
     """What the recipe asked for, where it asked for epochs."""
     lr_before_scaling: float | None = None

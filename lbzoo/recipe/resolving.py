@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,6 +110,31 @@ def with_sample_counts(recipe: ResolvedRecipe, counts: Mapping[str, int]) -> Res
         stages.append(changed)
     numbered = _numbered(stages)
     return dataclasses.replace(recipe, stages=numbered, hash=training_hash(recipe.seed, numbered, recipe.trainer))
+
+
+def with_micro_batch_sizes(recipe: ResolvedRecipe, sizes: Mapping[str, int]) -> ResolvedRecipe:
+    """The recipe with the micro-batch sizes, by stage name, that were found where it says ``auto``.
+
+    It is then a recipe that names these sizes: its document and its hash are that one's.
+    """
+    waiting = [stage.name for stage in recipe.stages if stage.finds_micro_batch_size]
+    found = {name: sizes[name] for name in waiting if name in sizes}
+    if not found:
+        return recipe
+    stages = tuple(
+        dataclasses.replace(stage, micro_batch_size=found[stage.name], finds_micro_batch_size=False)
+        if stage.name in found
+        else stage
+        for stage in recipe.stages
+    )
+    for stage in stages:
+        check_shards(stage)
+    document = copy.deepcopy(recipe.document)
+    blocks = {stage["name"]: stage for stage in document.get("stages") or ()} or {SINGLE_STAGE: document}
+    for name, size in found.items():
+        blocks[name].setdefault("data", {})["micro_batch_size"] = size
+    new_hash = training_hash(recipe.seed, stages, recipe.trainer)
+    return dataclasses.replace(recipe, stages=stages, document=document, hash=new_hash)
 
 
 def _check_run(merged: Node) -> tuple[Recipe | None, list[Problem]]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from lbzoo.errors import did_you_mean
 
 Scale = Literal["paper", "mini", "smoke"]
+CompileMode = Literal[True, "max-autotune-no-cudagraphs"]
 
 # Of each group one key may be given; a later layer's choice replaces an earlier layer's (``merging.py``).
 LENGTH_KEYS = ("steps", "epochs")
@@ -53,8 +54,12 @@ class DataSettings(ComponentSettings):
 
     global_batch_size: PositiveInt
     """Samples an optimizer step, over all devices and micro-batches."""
-    micro_batch_size: PositiveInt
-    """Samples one device takes at once. A whole number of micro-batches makes the global batch."""
+    micro_batch_size: PositiveInt | Literal["auto"]
+    """Samples one device takes at once. A whole number of micro-batches makes the global batch.
+
+    `auto` finds the largest that fits into a GPU's memory when the run starts, and stays with it when it is resumed.
+    The samples of a step depend on it, as do BatchNorm's statistics and those of the gradients.
+    """
 
 
 class ParamRule(BaseModel):
@@ -179,6 +184,11 @@ class TrainerSettings(Settings):
     """Bits of the weights (`true`) or of the arithmetic alone (`mixed`)."""
     gradient_clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Global gradient norm above which gradients are scaled down; none by default."""
+    compile: Literal[False] | CompileMode = False
+    """Train through torch.compile, with the same numbers: the first step takes minutes, the others less than without.
+
+    `max-autotune-no-cudagraphs` also tries several kernels for each multiplication. Validation is not compiled.
+    """
     ema: EmaSettings | None = None
     """Keep an average of the weights; null drops what a base says."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"

@@ -94,7 +94,8 @@ class StageDraft:
             param_rules=self._rules(),
             schedule=schedule,
             global_batch_size=settings.data.global_batch_size,
-            micro_batch_size=settings.data.micro_batch_size,
+            micro_batch_size=1 if settings.data.micro_batch_size == "auto" else settings.data.micro_batch_size,
+            finds_micro_batch_size=settings.data.micro_batch_size == "auto",
             steps=_count_steps(settings, facts),
             first_step=0,
             num_train=facts.num_train,
@@ -136,6 +137,8 @@ class StageDraft:
 
 def check_shards(stage: Stage) -> None:
     """Raise UsageError where there are not samples enough for the virtual shards."""
+    if stage.finds_micro_batch_size:
+        return  # only sizes are tried that make few enough
     shards = stage.global_batch_size // stage.micro_batch_size
     if stage.num_train < shards:
         raise UsageError(

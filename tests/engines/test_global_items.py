@@ -86,15 +86,24 @@ def assert_is_one_big_batch(recipe: Path, overrides: list[str], folder: Path) ->
     assert logged == pytest.approx(losses, rel=1e-5)  # losses are added up in float32
 
 
-ENGINES = ["lightning"]
-
-
 @pytest.mark.dist
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_uneven_micro_batches_are_one_big_batch(recipe: Path, tmp_path: Path, ranks: int, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "ranks", "strategy"),
+    [
+        ("lightning", 1, "auto"),
+        ("lightning", 2, "ddp"),
+        ("lightning", 4, "ddp"),
+        ("lightning", 2, "fsdp"),
+        ("accelerate", 1, "auto"),
+        ("accelerate", 2, "ddp"),
+        ("accelerate", 4, "fsdp"),
+    ],
+)
+def test_uneven_micro_batches_are_one_big_batch(
+    recipe: Path, tmp_path: Path, engine: str, ranks: int, strategy: str
+) -> None:
     """To 1e-12 in float64: 1 rank with 4 micro-batches, 2 with 2, 4 with 1."""
-    overrides = [f"trainer.engine={engine}", f"trainer.devices={ranks}"]
+    overrides = [f"trainer.engine={engine}", f"trainer.devices={ranks}", f"trainer.strategy={strategy}"]
     on_ranks(ranks, train_recipe, recipe, overrides, tmp_path / "run")
     assert_is_one_big_batch(recipe, overrides, tmp_path / "run")
 

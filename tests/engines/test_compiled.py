@@ -1,0 +1,104 @@
+"""trainer.compile: the numbers of eager mode, names in checkpoints, no recompilation, a clear word where it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import on_ranks
+from lightning.pytorch import LightningModule
+from stage_jobs import train_recipe, weights
+from torch import nn
+
+from lbzoo.engines.compiled import CompileModel
+from lbzoo.errors import UsageError
+from lbzoo.recipe import load_recipe
+
+STEPS = 4
+RECIPE = f"""\
+version: 1
+seed: 5
+task: {{name: "token_task:TwoMeans", width: 16, drop_rate: 0.2}}
+data: {{name: "token_task:UnevenTokens", num_val: 10, global_batch_size: 16, micro_batch_size: 4}}
+optimizer: {{name: vr_lamb, lr: 0.02}}
+steps: {STEPS}
+trainer: {{accelerator: cpu, validate_every: {{steps: 2}}}}
+logging: {{every: 1, loggers: []}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "compiled.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def assert_same_numbers(recipe: Path, overrides: list[str], folder: Path) -> None:
+    """Of the runs ``eager`` and ``compiled``: dropout, gradient statistics and layer-wise steps included."""
+    resolved = load_recipe(recipe, overrides)
+    expected, actual = (weights(resolved, folder / mode, STEPS) for mode in ("eager", "compiled"))
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(actual[name], tensor, rtol=1e-5, atol=2e-6), name
+
+
+def test_the_numbers_of_eager_mode_with_one_compilation(recipe: Path, tmp_path: Path) -> None:
+    """Validation batches of 4, 3 and 3 samples would each be a recompilation, which is an error here."""
+    overrides = ["trainer.devices=1"]
+    train_recipe(recipe, overrides, tmp_path / "eager")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train_recipe(recipe, [*overrides, "trainer.compile=true"], tmp_path / "compiled")
+    assert_same_numbers(recipe, overrides, tmp_path)
+    assert not torch._dynamo.eval_frame._stance.stance.startswith("force")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("engine", ["lightning", "accelerate"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_numbers_of_eager_mode_on_two_ranks(recipe: Path, tmp_path: Path, engine: str, strategy: str) -> None:
+    overrides = ["trainer.devices=2", f"trainer.engine={engine}", f"trainer.strategy={strategy}"]
+    on_ranks(2, train_recipe, recipe, overrides, tmp_path / "eager")
+    on_ranks(2, train_recipe, recipe, [*overrides, "trainer.compile=true"], tmp_path / "compiled")
+    assert_same_numbers(recipe, overrides, tmp_path)
+
+
+class Parts(LightningModule):
+    """Calls the parts of its model."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "Parts has no module 'model'"),
+        (nn.ModuleDict({"a": nn.Linear(1, 1)}), "Parts calls parts of its 'model'"),
+    ],
+)
+def test_a_task_in_which_nothing_would_be_compiled(model: nn.Module | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CompileModel(True).on_fit_start(None, Parts(model))  # type: ignore[arg-type]  # no trainer is needed
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Named before the first step, with what is missing."""
+    import torch._inductor.config as inductor
+    from torch._inductor.utils import fresh_cache
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    with (
+        fresh_cache(dir=str(tmp_path)),
+        pytest.raises(UsageError, match=r"trainer\.compile does not work here: .*C\+\+"),
+    ):
+        CompileModel(True).on_fit_start(None, Parts(nn.Linear(2, 2)))  # type: ignore[arg-type]  # no trainer is needed
+
+
+def test_the_hash_does_not_know_of_it(recipe: Path) -> None:
+    assert load_recipe(recipe).hash == load_recipe(recipe, ["trainer.compile=true"]).hash
