@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lbzoo.engines.launch import World
+from lbzoo.errors import LbzooError, UsageError
 
 T = TypeVar("T")
 
@@ -22,7 +23,11 @@ def process_group(world: World, *, also_alone: bool = False) -> Iterator[None]:
     A world of one has none unless ``also_alone``: FSDP2 needs a group even so. GPUs get a CPU back-end beside NCCL:
     flags and file names travel without touching the device.
     """
-    if dist.is_initialized() or (world.world_size == 1 and not also_alone):
+    if dist.is_initialized():
+        _check_group(world)
+        yield
+        return
+    if world.world_size == 1 and not also_alone:
         yield
         return
     if world.launched_by == "slurm":
@@ -33,11 +38,28 @@ def process_group(world: World, *, also_alone: bool = False) -> Iterator[None]:
     if world.accelerator == "cuda":
         torch.cuda.set_device(world.local_rank)
         options["device_id"] = torch.device("cuda", world.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo", **options)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.accelerator == "cuda" else "gloo", **options)
+    except (dist.DistError, RuntimeError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LbzooError(
+            f"the {world.world_size} processes of the run did not find each other at {place} (this one is rank "
+            f"{world.rank}): {str(error).splitlines()[0]}"
+        ) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _check_group(world: World) -> None:
+    """Raise UsageError where the group that is there is not the run's: ranks would take themselves for others."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if (size, rank) != (world.world_size, world.rank):
+        raise UsageError(
+            f"this process is rank {rank} of {size} in torch.distributed, but rank {world.rank} of {world.world_size} "
+            "by the recipe and its launcher's variables (RANK, WORLD_SIZE): set trainer.devices and these alike"
+        )
 
 
 def on_rank_zero(function: Callable[[], T]) -> T:

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
+from lbzoo.engines.accelerate_config import asked_for_several, is_accelerate_launch, wants_cpu
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.errors import UsageError
 from lbzoo.recipe.schema import TrainerSettings
 
 RUN_FOLDER_VARIABLE = "LBZOO_RUN_FOLDER"  # set by launch_workers for the processes it starts
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+Launcher = Literal["torchrun", "slurm", "accelerate"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class World:
     num_nodes: int
     rank: int = 0
     local_rank: int = 0
-    launched_by: Literal["torchrun", "slurm"] | None = None
+    launched_by: Launcher | None = None
 
     @property
     def world_size(self) -> int:
@@ -57,6 +60,8 @@ def find_world(
 
     Raises UsageError where devices are asked for that do not exist, or where recipe and launcher disagree.
     """
+    if accelerator == "auto" and wants_cpu(variables):
+        accelerator = "cpu"
     gpus = _gpu_count(accelerator)
     kind: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     launched = _launched_by(variables)
@@ -64,8 +69,8 @@ def find_world(
         count = (gpus or 1) if devices == "auto" else devices
         _check_devices(count, gpus, kind)
         return World(kind, count, num_nodes)
-    if launched == "torchrun":
-        size, rank = int(variables["WORLD_SIZE"]), int(variables["RANK"])
+    if launched != "slurm":  # accelerate launch starts one process without torchrun's variables
+        size, rank = int(variables.get("WORLD_SIZE", "1")), int(variables.get("RANK", "0"))
         local_rank = int(variables.get("LOCAL_RANK", "0"))
         local_size = int(variables.get("LOCAL_WORLD_SIZE", size))
     else:
@@ -77,8 +82,9 @@ def find_world(
     asked = devices if devices != "auto" else None
     if (asked is not None and asked != local_size) or (num_nodes != 1 and num_nodes != nodes):
         raise UsageError(
-            f"the recipe asks for trainer.devices={devices} on trainer.num_nodes={num_nodes}, but {launched} started "
-            f"{local_size} processes on each of {nodes} nodes; set them alike, or trainer.devices=auto"
+            f"the recipe asks for trainer.devices={devices} on trainer.num_nodes={num_nodes}, but "
+            f"{_COMMANDS[launched]} started {local_size} process{'es' * (local_size != 1)} on each of {nodes} "
+            f"node{'s' * (nodes != 1)}; set them alike, or trainer.devices=auto"
         )
     return World(kind, local_size, nodes, rank, local_rank, launched)
 
@@ -162,17 +168,54 @@ def _exit_code(run: RunFolder, agent_code: int) -> int:
     return int(status.get("exit_code", 1 if agent_code else 0))
 
 
-def _launched_by(variables: Mapping[str, str]) -> Literal["torchrun", "slurm"] | None:
-    """accelerate launch sets torchrun's variables too."""
+_COMMANDS: Mapping[Launcher, str] = {"torchrun": "torchrun", "slurm": "slurm", "accelerate": "accelerate launch"}
+
+
+def _launched_by(variables: Mapping[str, str]) -> Launcher | None:
+    """Raises UsageError where several processes were started that know nothing of each other.
+
+    Each would take itself for the only one, rank 0 of 1, and train the whole run.
+    """
+    tasks = _slurm_tasks(variables)
     if "RANK" in variables and "WORLD_SIZE" in variables:
-        return "torchrun"
+        # torchrun counts its agents; by hand each task is a rank.
+        found = int(variables.get("GROUP_WORLD_SIZE", variables["WORLD_SIZE"]))
+        if tasks > found and "SLURM_STEP_ID" in variables:
+            raise UsageError(
+                f"srun started {tasks} tasks, but here rank is {variables['RANK']} of {variables['WORLD_SIZE']} from "
+                f"{found} of them: they did not find each other. Start lbzoo itself with srun, or torchrun with "
+                f"--nnodes={tasks} and one --rdzv-endpoint for all"
+            )
+        return "accelerate" if is_accelerate_launch(variables) else "torchrun"
+    if int(variables.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"WORLD_SIZE is {variables['WORLD_SIZE']}, but RANK is not set: this process would be alone")
+    if tasks > 1:
+        if "SLURM_STEP_ID" not in variables:
+            # The batch script itself, of which there is one: it would wait for the others for ever.
+            raise UsageError(f"this SLURM job has {tasks} tasks: start it with srun lbzoo fit ...")
+        return "slurm"  # a job of one task starts its processes itself
+    of_mpi = max(int(variables.get(name, "1")) for name in _MPI_SIZES)
+    if of_mpi > 1:
+        raise UsageError(
+            f"mpirun started {of_mpi} processes, which cannot find each other by its variables: use torchrun, srun or "
+            "accelerate launch without a hostfile"
+        )
+    if asked_for_several(variables):
+        raise UsageError(
+            "accelerate launch was asked for several processes and has started one, as it does on a CPU: leave it out "
+            "and set trainer.devices=N, or use torchrun, or add --num_processes 1 (where MASTER_ADDR is set for other "
+            "reasons: unset it)"
+        )
+    return "accelerate" if is_accelerate_launch(variables) else None
+
+
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _slurm_tasks(variables: Mapping[str, str]) -> int:
+    """The tasks of a SLURM job; 1 in an interactive shell, whose variables say what it could start."""
     interactive = variables.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if int(variables.get("SLURM_NTASKS", "1")) < 2 or interactive:
-        return None  # a job of one task starts its processes itself
-    if "SLURM_STEP_ID" not in variables:
-        # The batch script itself, of which there is one: it would wait for the others for ever.
-        raise UsageError(f"this SLURM job has {variables['SLURM_NTASKS']} tasks: start it with srun lbzoo fit ...")
-    return "slurm"
+    return 1 if interactive else int(variables.get("SLURM_NTASKS", "1"))
 
 
 def _gpu_count(accelerator: str) -> int:

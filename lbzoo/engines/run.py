@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lbzoo import scaling
 from lbzoo.checkpoint.folder import read_state, resolve_checkpoint
+from lbzoo.engines.accelerate_config import check_accelerate
 from lbzoo.engines.launch import (
     RUN_FOLDER_VARIABLE,
     World,
@@ -191,6 +192,7 @@ def _world(resolved: ResolvedRecipe) -> World:
     settings = resolved.trainer
     world = find_world(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes)
     check_trainer(settings, world)
+    check_accelerate(settings, on_gpu=world.accelerator == "cuda")
     return world
 
 
