@@ -23,6 +23,9 @@ def process_group(world: World, *, also_alone: bool = False) -> Iterator[None]:
     A world of one has none unless ``also_alone``: FSDP2 needs a group even so. GPUs get a CPU back-end beside NCCL:
     flags and file names travel without touching the device.
     """
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    setattr(rank_zero_only, "rank", world.rank)  # noqa: B010 (mypy sees no attribute): loggers ask it who writes
     if dist.is_initialized():
         _check_group(world)
         yield
