@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import on_ranks
+from fit_jobs import fit_here, saved_weights
 from lightning.pytorch import LightningModule
-from stage_jobs import train_recipe, weights
 from torch import nn
 
 from lbzoo.engines.compiled import CompileModel
@@ -35,10 +35,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def assert_same_numbers(recipe: Path, overrides: list[str], folder: Path) -> None:
-    """Of the runs ``eager`` and ``compiled``: dropout, gradient statistics and layer-wise steps included."""
-    resolved = load_recipe(recipe, overrides)
-    expected, actual = (weights(resolved, folder / mode, STEPS) for mode in ("eager", "compiled"))
+def assert_same_numbers(eager: Path, compiled: Path) -> None:
+    """Of two runs: dropout, gradient statistics and layer-wise steps included."""
+    expected, actual = saved_weights(eager), saved_weights(compiled)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.allclose(actual[name], tensor, rtol=1e-5, atol=2e-6), name
@@ -46,12 +45,11 @@ def assert_same_numbers(recipe: Path, overrides: list[str], folder: Path) -> Non
 
 def test_the_numbers_of_eager_mode_with_one_compilation(recipe: Path, tmp_path: Path) -> None:
     """Validation batches of 4, 3 and 3 samples would each be a recompilation, which is an error here."""
-    overrides = ["trainer.devices=1"]
-    train_recipe(recipe, overrides, tmp_path / "eager")
+    eager = fit_here(recipe, ["trainer.devices=1"], tmp_path)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        train_recipe(recipe, [*overrides, "trainer.compile=true"], tmp_path / "compiled")
-    assert_same_numbers(recipe, overrides, tmp_path)
+        compiled = fit_here(recipe, ["trainer.devices=1", "trainer.compile=true"], tmp_path)
+    assert_same_numbers(eager.run_dir, compiled.run_dir)
     assert not torch._dynamo.eval_frame._stance.stance.startswith("force")
 
 
@@ -61,9 +59,9 @@ def test_the_numbers_of_eager_mode_with_one_compilation(recipe: Path, tmp_path: 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_numbers_of_eager_mode_on_two_ranks(recipe: Path, tmp_path: Path, engine: str, strategy: str) -> None:
     overrides = ["trainer.devices=2", f"trainer.engine={engine}", f"trainer.strategy={strategy}"]
-    on_ranks(2, train_recipe, recipe, overrides, tmp_path / "eager")
-    on_ranks(2, train_recipe, recipe, [*overrides, "trainer.compile=true"], tmp_path / "compiled")
-    assert_same_numbers(recipe, overrides, tmp_path)
+    eager = on_ranks(2, fit_here, recipe, overrides, tmp_path)[0]
+    compiled = on_ranks(2, fit_here, recipe, [*overrides, "trainer.compile=true"], tmp_path)[0]
+    assert_same_numbers(eager.run_dir, compiled.run_dir)
 
 
 class Parts(LightningModule):

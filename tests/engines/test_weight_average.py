@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from average_jobs import Layout, Network
 from distributed import on_ranks
+from fit_jobs import fit_here
 from torch import nn
 
 from lbzoo.checkpoint import CheckpointFolder, load_checkpoint, load_weights, read_state, save_checkpoint
@@ -145,6 +147,53 @@ def test_averages_go_on_in_another_layout(tmp_path: Path, saved: Layout, resumed
         assert_close(averaged, expected[1])
 
 
+TOKENS = """\
+version: 1
+seed: 3
+task: {name: "token_task:TwoMeans"}
+data: {name: "token_task:UnevenTokens", global_batch_size: 8, micro_batch_size: 4}
+optimizer: {name: momentum, lr: 0.5}
+steps: 6
+trainer: {accelerator: cpu, precision: 64-true, ema: {decay: 0.7, every_steps: 2}, validate_every: {steps: 2}}
+checkpoint: {every_steps: 2, keep_last: 10}
+logging: {every: 1, loggers: []}
+"""
+ENGINES = [("lightning", "ddp"), ("lightning", "fsdp"), ("accelerate", "ddp"), ("accelerate", "fsdp")]
+
+
+@pytest.mark.dist
+def test_averages_of_every_engine_and_layout_are_those_of_one_device(tmp_path: Path) -> None:
+    """Validated with every other step; then each goes on from what another of them has saved at step 2."""
+    path = tmp_path / "tokens.yaml"
+    path.write_text(TOKENS)
+    alone = fit_here(path, ["trainer.devices=1"], tmp_path / "alone").run_dir
+    of_two = [["trainer.devices=2", f"trainer.engine={engine}", f"trainer.strategy={how}"] for engine, how in ENGINES]
+    runs = [on_ranks(2, fit_here, path, of, tmp_path / str(n))[0].run_dir for n, of in enumerate(of_two)]
+    for run in runs:
+        assert_same_run(run, alone)
+    resume = functools.partial(fit_here, resume="auto")
+    for n, run in enumerate(runs):
+        cut_after(run, 2)
+        on_ranks(2, resume, path, of_two[n - 1], tmp_path / str(n))
+        assert_same_run(run, alone)
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    for mine, theirs in zip(both_weights(run, 6), both_weights(expected, 6), strict=True):
+        assert_close(mine, theirs)
+
+
+def cut_after(run: Path, step: int) -> None:
+    """Make the run one that was interrupted after it had saved ``step``."""
+    for path in (run / "checkpoints").iterdir():
+        if path.is_symlink():
+            path.unlink()
+        elif int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipes") / "averaged.yaml"
@@ -161,7 +210,9 @@ def both_weights(run: Path, step: int) -> list[dict[str, torch.Tensor]]:
     """(trained, averaged) of a run's checkpoint."""
     found = []
     for averaged in (False, True):
-        module = build_task(load_recipe(run / "recipe.yaml").stages[0])
+        recipe = load_recipe(run / "recipe.yaml")
+        module = build_task(recipe.stages[0])
+        module.to(torch.float64 if recipe.trainer.precision == "64-true" else torch.float32)
         load_weights(CheckpointFolder(run / "checkpoints").step_path(step), module, averaged=averaged)
         found.append(module.state_dict())
     return found
@@ -189,10 +240,7 @@ def test_a_resumed_run_has_the_averages_of_the_uninterrupted_one(run: Path, reci
     """Bit for bit, from the checkpoint of step 6."""
     cut = tmp_path / "averaged" / "1"
     fit(recipe, runs=tmp_path)
-    (cut / "checkpoints" / "last").unlink()
-    shutil.rmtree(cut / "checkpoints" / "step_00000008")
-    status = json.loads((cut / "status.json").read_text())
-    (cut / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+    cut_after(cut, 6)
     said: list[str] = []
     fit(recipe, runs=tmp_path, resume="auto", say=said.append)
     assert any("at step 6" in text for text in said)
