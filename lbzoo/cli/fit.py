@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lbzoo.cli.row_option import RowOption
+
 
 class ScaleName(StrEnum):
     paper = "paper"
@@ -23,15 +25,19 @@ def fit(
     init_from: Annotated[Path | None, typer.Option(help="Weights to start from: a run, checkpoint or file.")] = None,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     plugins: Annotated[bool, typer.Option("--plugins/--no-plugins", help="May the recipe import code?")] = True,
+    row: RowOption = None,
 ) -> int:
-    """Train a recipe.
+    """Train a recipe, or a row of a paper's table.
 
-    Example: lbzoo fit resnet50_novograd_32k optimizer.lr=0.02 --scale mini
+    Examples: lbzoo fit resnet50_novograd_32k optimizer.lr=0.02 --scale mini    lbzoo fit lamb/5 --row batch_size=8192
     """
+    from lbzoo.cli.row_option import recipe_of_row
     from lbzoo.engines import fit as run_fit
 
+    found = recipe_of_row(recipe, row)
+    # A file of its own, which the processes of a launcher find as well.
     result = run_fit(
-        recipe,
+        recipe if found is None else found.write(runs / "tables" / found.row.table / "rows"),
         overrides or (),
         scale=scale.value,
         resume=resume,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lbzoo.cli.fit import ScaleName
+from lbzoo.cli.row_option import RowOption
 
 if TYPE_CHECKING:
     from lbzoo.recipe.arithmetic import BatchSum
@@ -21,15 +22,16 @@ def plan(
     model: Annotated[bool, typer.Option("--model/--no-model", help="Count parameters and optimizer memory.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plugins: Annotated[bool, typer.Option("--plugins/--no-plugins", help="May the recipe import code?")] = True,
+    row: RowOption = None,
 ) -> None:
     """Print the sums of a run: batch, steps, warmup, learning rate, samples, shards, parameters, optimizer memory."""
     import dataclasses
 
     from lbzoo.cli.printing import print_json, print_notes
-    from lbzoo.recipe import load_recipe
+    from lbzoo.cli.row_option import load
     from lbzoo.recipe.planning import plan_stage
 
-    resolved = load_recipe(recipe, overrides or (), scale.value, allow_plugins=plugins)
+    resolved = load(recipe, row, overrides, scale.value, allow_plugins=plugins)
     stages = [plan_stage(resolved, stage, count_model=model) for stage in resolved.stages]
     steps = sum(stage.steps for stage in stages)
     if json:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lbzoo.cli.fit import ScaleName
+from lbzoo.cli.row_option import RowOption
 
 
 def show(
@@ -16,14 +17,15 @@ def show(
     groups: Annotated[bool, typer.Option("--groups", help="Also the parameter groups of the real model.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plugins: Annotated[bool, typer.Option("--plugins/--no-plugins", help="May the recipe import code?")] = True,
+    row: RowOption = None,
 ) -> None:
     """Show a recipe resolved: base, scale and overrides applied, defaults filled in, each value with its origin."""
     from lbzoo.cli.printing import print_json, print_notes
-    from lbzoo.recipe import load_recipe
+    from lbzoo.cli.row_option import load
     from lbzoo.recipe.annotate import annotate
     from lbzoo.recipe.dry_run import dry_run
 
-    resolved = load_recipe(recipe, overrides or (), scale.value, allow_plugins=plugins)
+    resolved = load(recipe, row, overrides, scale.value, allow_plugins=plugins)
     built = {stage.name: dry_run(stage) for stage in resolved.stages} if groups else {}
     if json:
         print_json(_as_data(resolved, built))

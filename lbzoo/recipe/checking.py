@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lbzoo.errors import UsageError
 from lbzoo.papers import find_rows
@@ -16,9 +17,15 @@ from lbzoo.recipe.schema import Scale
 
 
 def check_recipe(
-    ref: str | Path, overrides: Sequence[str] = (), *, allow_plugins: bool = True
+    ref: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    row: Mapping[str, Any] | None = None,
+    allow_plugins: bool = True,
 ) -> tuple[list[Scale], list[Problem]]:
     """The scales that a recipe has, and its mistakes at all of them, the row of its table too.
+
+    ``row``: a table's row over the recipe.
 
     Raises UsageError where there is no such recipe.
     """
@@ -27,7 +34,7 @@ def check_recipe(
     problems: list[Problem] = []
     for scale in scales:
         try:
-            recipe = load_recipe(path, overrides, scale, allow_plugins=allow_plugins)
+            recipe = load_recipe(path, overrides, scale, row=row, allow_plugins=allow_plugins)
         except RecipeError as error:
             problems += error.problems
         else:

@@ -23,6 +23,11 @@ class Metric:
     unit: str
     higher_is_better: bool
 
+    @property
+    def of_a_fraction(self) -> float:
+        """What a value as the engine logs it is multiplied by: it logs fractions where papers print percent."""
+        return 100.0 if self.unit in ("percent", "percentage points") else 1.0
+
 
 @dataclass(frozen=True)
 class Reported:

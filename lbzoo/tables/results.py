@@ -162,7 +162,7 @@ def measured(metric: Metric, logged: str | None, records: Sequence[Record]) -> M
     values = [record.metrics[logged] for record in ended if logged in record.metrics and record.state == "finished"]
     if not values and any(record.state == "finished" for record in ended):
         return None  # the run does not log it
-    unit = 100.0 if metric.unit.startswith("percent") else 1.0
+    unit = metric.of_a_fraction
     last = ended[-1]
     complete = len(values) == len(ended)  # a mean over the runs that happened to converge would flatter
     return Measured(

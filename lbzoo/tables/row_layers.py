@@ -77,7 +77,7 @@ def _expected(file: TableFile, row: PaperRow) -> Iterator[tuple[str, float]]:
     for reported in row.reported:
         name = logged_metric(file, reported.metric.name)
         if name is not None and reported.value is not None:
-            yield name, reported.value / 100 if reported.metric.unit == "percent" else reported.value
+            yield name, reported.value / reported.metric.of_a_fraction
 
 
 def _mini(sizes: MiniSizes, row: PaperRow) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class TableStanding:
 
     table: PaperTable
     recipe: str | None
-    """That of most rows."""
+    """The table's own; single rows may have others."""
     status: Status
     remark: str
     rows: tuple[RowStanding, ...]
@@ -89,7 +89,7 @@ def table_standing(table_id: str, runs: Path, files: Mapping[str, TableFile] | N
     status = _least([row.status for row in rows])
     return TableStanding(
         table=table,
-        recipe=_most_common([row.recipe for row in rows if row.recipe]),
+        recipe=_main_recipe(file, [row.recipe for row in rows if row.recipe]),
         status=status,
         remark="; ".join(remarks) if status in _UNAVAILABLE else "",
         rows=rows,
@@ -155,7 +155,10 @@ def _remark(record: Record) -> str:
     return f"{said}: {reason}" if reason else said
 
 
-def _most_common(names: Sequence[str]) -> str | None:
+def _main_recipe(file: TableFile | None, names: Sequence[str]) -> str | None:
+    """The file's recipe, or the one of most rows where no row has that."""
+    if file is not None and file.recipe in names:
+        return file.recipe
     return Counter(names).most_common(1)[0][0] if names else None
 
 

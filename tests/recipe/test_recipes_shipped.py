@@ -13,7 +13,7 @@ from lbzoo.recipe import ResolvedRecipe, build_data, load_recipe
 from lbzoo.recipe.checking import check_recipe
 from lbzoo.recipe.finding import PACKAGE_RECIPES
 
-SHIPPED = sorted(PACKAGE_RECIPES.rglob("*.yaml"))
+SHIPPED = sorted(path for path in PACKAGE_RECIPES.rglob("*.yaml") if path.parent.name != "tables")
 PERCENT = 100.0
 
 every_recipe = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
