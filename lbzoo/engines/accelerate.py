@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _MIXED = {"bf16-mixed": "bf16", "16-mixed": "fp16"}
 
 
-def train_stage(stage_run: StageRun, module: Task) -> None:
+def train_stage(stage_run: StageRun, module: Task) -> int:
     _refuse_manual_optimization(module)
     recipe, world = stage_run.recipe, stage_run.world
     with quiet_lightning(), _accelerator(recipe.trainer, world) as accelerator:
@@ -75,6 +75,7 @@ def train_stage(stage_run: StageRun, module: Task) -> None:
             loop.train(validation_owed=stage_run.validation_owed)
             hooks.call("on_fit_end")
             hooks.call("teardown", stage="fit")
+    return trainer.global_step
 
 
 def evaluate(recipe: ResolvedRecipe, world: World, module: Task, loader: Any) -> Mapping[str, float]:

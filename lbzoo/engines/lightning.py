@@ -20,18 +20,14 @@ from lbzoo.recipe import ResolvedRecipe
 from lbzoo.tasks.base import Task
 
 
-def train_stage(stage_run: StageRun, module: Task) -> None:
+def train_stage(stage_run: StageRun, module: Task) -> int:
     recipe = stage_run.recipe
     with quiet_lightning():
         trainer = pl.Trainer(
             **hardware(recipe, stage_run.world),
             **QUIET,
             logger=stage_run.loggers(),
-            callbacks=[
-                _LogAtItsStep(),
-                *stage_run.callbacks,
-                *([_OwedValidation()] if stage_run.validation_owed else []),
-            ],
+            callbacks=[*stage_run.callbacks, *([_OwedValidation()] if stage_run.validation_owed else [])],
             max_steps=stage_run.last_step,
             max_epochs=-1,
             accumulate_grad_batches=stage_run.accumulate,
@@ -43,12 +39,14 @@ def train_stage(stage_run: StageRun, module: Task) -> None:
         )
         trainer.first_step = stage_run.stage.first_step  # type: ignore[attr-defined]  # for callbacks: see TrainerView
         set_counters(trainer, stage_run.step, stage_run.accumulate)
+        _log_at_optimizer_steps(trainer)
         try:
             trainer.fit(module, stage_run.train_loader(), stage_run.val_loader())
         except MisconfigurationException as error:
             if "closure" not in str(error):
                 raise
             raise stage_run.closure_not_run() from error
+    return int(trainer.global_step)
 
 
 def evaluate(recipe: ResolvedRecipe, world: World, module: Task, loader: Any) -> Mapping[str, float]:
@@ -58,20 +56,19 @@ def evaluate(recipe: ResolvedRecipe, world: World, module: Task, loader: Any) ->
     return metrics
 
 
-class _LogAtItsStep(pl.Callback):
-    """Has a validation's metrics logged at the step that they belong to.
+def _log_at_optimizer_steps(trainer: pl.Trainer) -> None:
+    """Have what the module logs logged at the optimizer step that it belongs to.
 
-    Lightning counts the step that a validation follows only after it, and would log one after step n at n - 1.
+    Lightning counts from 0, so that step n and the validation after it would stand at n - 1; and it adds an ``epoch``
+    of its own, which counts passes of the loader and is always 0 here.
     """
+    connector = trainer._logger_connector
+    log_metrics = connector.log_metrics
 
-    _counted = 0
+    def log(metrics: Any, step: int | None = None) -> None:
+        log_metrics(metrics, trainer.global_step if step is None else step)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        self._counted, loop._batches_that_stepped = loop._batches_that_stepped, trainer.global_step
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = self._counted
+    connector.log_metrics = log  # type: ignore[method-assign]
 
 
 class _OwedValidation(pl.Callback):

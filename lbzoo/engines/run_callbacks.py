@@ -164,7 +164,7 @@ class Checkpointer(Callback):
         step = trainer.global_step
         self.metrics = validation_metrics(trainer)
         is_best = self.best.update(self.metrics, step) and self._save_best
-        if is_best or self._save_due(step) or step >= self._last_step:
+        if is_best or self._save_due(step) or trainer.should_stop:  # its last step, or where a callback ends it
             self._save(trainer, pl_module, is_best=is_best)
         if self._stop:
             raise StopRequested(self._stop)

@@ -109,9 +109,9 @@ class StageRun:
             self._checkpointer,
         ]
 
-    def outcome(self) -> Outcome:
-        """Of a stage that was trained to its end."""
-        return Outcome(self.last_step, self._checkpointer.metrics, self._checkpointer.best)
+    def outcome(self, step: int) -> Outcome:
+        """Of the stage, which ended at ``step``."""
+        return Outcome(step, self._checkpointer.metrics, self._checkpointer.best)
 
     def train_loader(self) -> Loader | ReadAhead:
         """This rank's micro-batches of the steps that are left."""

@@ -29,8 +29,11 @@ log = logging.getLogger(__name__)
 class Engine(Protocol):
     """What a module of this folder that is named as ``trainer.engine`` has."""
 
-    def train_stage(self, stage_run: StageRun, module: Task) -> None:
-        """Train ``module`` from ``stage_run.step`` to ``stage_run.last_step``, with its callbacks, loggers, loaders."""
+    def train_stage(self, stage_run: StageRun, module: Task) -> int:
+        """Train ``module`` from ``stage_run.step`` to ``stage_run.last_step``, with its callbacks, loggers, loaders.
+
+        Returns the step it ended at, which is an earlier one where a callback asked for the end.
+        """
 
     def evaluate(self, recipe: ResolvedRecipe, world: World, module: Task, loader: Any) -> Mapping[str, float]:
         """What a pass over the validation data logs."""
@@ -58,10 +61,10 @@ def train(
             continue
         stage_run = StageRun(recipe, stage, sources[stage.name], world, run, here, module)
         try:
-            engine.train_stage(stage_run, module)
+            step = engine.train_stage(stage_run, module)
         finally:
             stage_run.signals.restore()
-        outcome = stage_run.outcome()
+        outcome = stage_run.outcome(step)
     return outcome
 
 

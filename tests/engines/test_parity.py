@@ -1,4 +1,4 @@
-"""One result on every layout: 20 steps under DDP, FSDP2 and HSDP on 1 to 4 ranks against one device.
+"""One result on every layout: 20 steps under DDP, FSDP2 and HSDP on 1 to 4 ranks, of both engines, against one device.
 
 Parameters are compared, and what was logged: losses, layer statistics, GSNR. Buffers are not: BatchNorm's running
 statistics are averages over ranks of averages over time, which depend on how the micro-batches fall to the ranks.
@@ -13,6 +13,8 @@ import pytest
 import torch
 from distributed import on_ranks
 from fit_jobs import fit_here, saved_weights
+
+from lbzoo.engines.metrics_file import read_metrics
 
 HEAD = """\
 version: 1
@@ -44,6 +46,7 @@ callbacks: [trust_ratio, gsnr]
 }
 TOLERANCE = {"layernorm": 1e-6, "transformer": 1e-6, "resnet": 1e-9}
 FSDP = ["trainer.strategy=fsdp"]
+ACCELERATE = ["trainer.engine=accelerate"]
 LAYOUTS = {
     "ddp 2x2": (2, []),
     "ddp 4x1": (4, []),
@@ -51,6 +54,11 @@ LAYOUTS = {
     "fsdp 2x2": (2, FSDP),
     "fsdp 4x1": (4, FSDP),
     "hsdp 2x2x1": (4, [*FSDP, "trainer.fsdp.shard_size=2"]),
+    "accelerate 1x4": (1, ACCELERATE),
+    "accelerate ddp 2x2": (2, ACCELERATE),
+    "accelerate ddp 4x1": (4, ACCELERATE),
+    "accelerate fsdp 2x2": (2, [*ACCELERATE, *FSDP]),
+    "accelerate fsdp 4x1": (4, [*ACCELERATE, *FSDP]),
 }
 TIMING = {"time", "summary/samples_per_second"}
 
@@ -103,3 +111,16 @@ def test_one_result(runs: Runs, recipe: str, layout: str) -> None:
         if recipe == "resnet" and at[1].startswith("val/"):
             continue  # with BatchNorm's buffers
         assert found[at] == pytest.approx(expected[at], rel=1e-3, abs=1e-5), at
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["1x4", "ddp 2x2", "fsdp 4x1"])
+def test_both_engines_write_the_same_metrics(runs: Runs, layout: str) -> None:
+    lightning = runs.of("layernorm", "one device" if layout == "1x4" else layout)
+    accelerate = runs.of("layernorm", f"accelerate {layout}")
+    lines = zip(read_metrics(lightning / "metrics.jsonl"), read_metrics(accelerate / "metrics.jsonl"), strict=True)
+    for expected, found in lines:
+        assert list(found) == list(expected), "in the same order"
+        assert found["stage"] == expected["stage"]
+        for name in expected.keys() - TIMING - {"stage"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), (expected["step"], name)
