@@ -106,6 +106,22 @@ def test_uneven_micro_batches_are_one_big_batch(
     assert_is_one_big_batch(recipe, overrides, run)
 
 
+@pytest.mark.dist
+def test_gradient_statistics_of_uneven_micro_batches_do_not_depend_on_the_ranks(recipe: Path, tmp_path: Path) -> None:
+    """VRGD trains with the variance of the k gradients whose mean is that of the global batch."""
+    overrides = ["optimizer={name: vr_lamb, lr: 0.02}", "callbacks=[gsnr, noise_scale]"]
+    expected = fit_here(recipe, [*overrides, "trainer.devices=1"], tmp_path).run_dir
+    for ranks, strategy in ((2, "ddp"), (4, "fsdp")):
+        of_ranks = [*overrides, f"trainer.devices={ranks}", f"trainer.strategy={strategy}"]
+        run = on_ranks(ranks, fit_here, recipe, of_ranks, tmp_path)[0].run_dir
+        weights = saved_weights(run)
+        for name, weight in saved_weights(expected).items():
+            assert (weights[name] - weight).abs().max() <= 1e-10, name
+        last, expected_last = (read_metrics(folder / "metrics.jsonl")[-1] for folder in (run, expected))
+        for tag in ("summary/gsnr_p50", "summary/noise_scale"):
+            assert last[tag] == pytest.approx(expected_last[tag], rel=1e-5), tag
+
+
 def test_no_item_anywhere(recipe: Path, tmp_path: Path) -> None:
     """A step without a single target trains on the labels alone; nothing becomes NaN."""
     overrides = ["data.empty=true", "trainer.devices=1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -20,6 +21,7 @@ from lbzoo.engines import fit, validate
 from lbzoo.engines.weight_average import WeightAverage
 from lbzoo.errors import CheckpointError
 from lbzoo.recipe import build_task, load_recipe
+from lbzoo.recipe.planning import plan_stage
 
 RECIPE = """\
 version: 1
@@ -261,3 +263,12 @@ def test_a_run_that_starts_from_it_starts_from_the_averages(run: Path, recipe: P
 def test_the_hash_knows_the_averages(recipe: Path) -> None:
     hashes = {load_recipe(recipe, [f"trainer.ema={ema}"]).hash for ema in ("null", "{decay: 0.9}", "{decay: 0.99}")}
     assert len(hashes) == 3
+
+
+def test_the_plan_counts_their_memory(recipe: Path) -> None:
+    resolved = load_recipe(recipe)
+    model = plan_stage(resolved, resolved.stages[0]).model
+    assert model is not None
+    assert model.average_bytes == model.weight_bytes
+    without = load_recipe(recipe, ["trainer.ema=null"])
+    assert plan_stage(without, without.stages[0]).model == dataclasses.replace(model, average_bytes=0)
