@@ -9,9 +9,13 @@ What is logged, by tag (a layer is a parameter tensor):
   it is about that many times the GSNR of single samples (VRGD, eq. 2).
 - ``summary/gsnr_noise_floor``: the mean of gradients that are nothing but noise, 1 / (k - 3), from k = 4 on.
 - ``summary/generalization_ratio``: what a small SGD step gains on new data over its gain on this batch (VRGD, eq. 4).
+
+Nothing is logged of a step whose gradients are not finite.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -58,7 +62,7 @@ class Gsnr(StatisticsCallback):
         self.every, self.layers, self.groups = at_least_one(every), tuple(layers), groups
         self.gamma, self.histogram = gamma, histogram
         self._scalars: dict[str, float] = {}
-        self._layers = ([""], torch.zeros(1))
+        self._layers: tuple[list[str], torch.Tensor] = ([], torch.zeros(0))
 
     def is_needed(self, step: int) -> bool:
         return is_logged(step, self.every)
@@ -70,6 +74,10 @@ class Gsnr(StatisticsCallback):
         super().on_train_start(trainer, pl_module)
 
     def measure(self, trainer: TrainerView, stats: GradientStats) -> None:
+        ratio = stats.generalization_ratio()
+        if not math.isfinite(ratio):  # an overflow, for which a GradScaler skips the step, or no gradient at all
+            self._scalars, self._layers = {}, ([], torch.zeros(0))
+            return
         means, shares = stats.mean_gsnr_per_layer(), stats.share_at(self.gamma)
         sizes = torch.tensor([float(stats.parameter(name).numel()) for name in means])
         table = torch.stack([torch.stack(list(means.values())), torch.stack(list(shares.values()))]).cpu()
@@ -77,7 +85,7 @@ class Gsnr(StatisticsCallback):
         self._scalars = {
             "summary/gsnr_at_gamma": float((table[1] * sizes).nansum() / sizes.sum()),
             "summary/gsnr_gradients": float(k),
-            "summary/generalization_ratio": stats.generalization_ratio(),
+            "summary/generalization_ratio": ratio,
         }
         if k > 3:
             self._scalars["summary/gsnr_noise_floor"] = 1 / (k - 3)

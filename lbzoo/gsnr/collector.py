@@ -127,7 +127,8 @@ class GradientStats:
         """The gradient noise scale of the whole model in samples, over all observed steps (:mod:`lbzoo.gsnr.noise`).
 
         Observes the window, if it is complete; so call it once a step, between the last backward pass and ``step()``.
-        Infinite where no signal can be told from the noise.
+        Infinite where no signal can be told from the noise, NaN where no gradient was ever other than zero. Steps with
+        gradients that are not finite are left out.
         """
         self._observe_if_any()
         return self._noise.whole()

@@ -59,7 +59,7 @@ class FSDPBackend:
         """Average what the parameters that are whole on every rank have: one all_reduce if there are any.
 
         The loop has averaged their gradients itself, so their norms say nothing of unscaling or clipping; the factor is
-        that of all sharded parameters together.
+        that of all sharded parameters together whose gradients are finite.
         """
         whole = [sums for sums in self._whole if sums.is_live]
         for sums in whole if self.ranks > 1 else all_sums:
@@ -71,8 +71,10 @@ class FSDPBackend:
         then, now = torch.zeros((), device=device), torch.zeros((), device=device)
         for sums in sharded:
             assert sums.norm is not None
-            then = then + sums.norm.square()
-            now = now + norm_of(local_gradient(sums.parameter)).square()
+            norm = norm_of(local_gradient(sums.parameter))
+            is_finite = sums.norm.isfinite() & norm.isfinite()
+            then = then + torch.where(is_finite, sums.norm, 0).square()
+            now = now + torch.where(is_finite, norm, 0).square()
         squares = [sums.squares for sums in whole if sums.squares is not None]
         flat = torch.cat([then.view(1), now.view(1), *(tensor.reshape(-1).to(device) for tensor in squares)])
         dist.all_reduce(flat)

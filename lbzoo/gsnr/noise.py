@@ -10,6 +10,8 @@ step and the large one is all of it, with N samples, and in terms of the summed 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,17 +25,22 @@ class NoiseAverages:
         self._averages: dict[str, Tensor] = {}  # [2]: |G|^2, tr(S)
 
     def add(self, names: list[str], squared_means: Tensor, variances: Tensor, samples: int, gradients: int) -> None:
-        """One step: |mean|^2 and V of each layer [layers], the samples N in all and the gradients k."""
+        """One step: |mean|^2 and V of each layer [layers], the samples N in all and the gradients k.
+
+        A step whose gradients overflowed, which a GradScaler skips, is left out.
+        """
         squared_norms = squared_means - variances / (gradients - 1)
         traces = variances * (samples / (gradients - 1))
-        for name, estimate in zip(names, torch.stack([squared_norms, traces], dim=1).double(), strict=True):
-            old = self._averages.get(name)
+        estimates = torch.stack([squared_norms, traces], dim=1).double()
+        is_finite = estimates.isfinite().all()  # not read: that would wait for the device
+        for name, estimate in zip(names, estimates, strict=True):
+            old = self._averages.get(name, torch.zeros_like(estimate))
             # Weights of equal age are equal in both averages, so the ratio needs no correction for the start.
-            self._averages[name] = estimate * (1 - self.decay) + (old * self.decay if old is not None else 0)
+            self._averages[name] = torch.where(is_finite, torch.lerp(estimate, old, self.decay), old)
         self.steps += 1
 
     def per_layer(self) -> dict[str, float]:
-        """tr(S) / |G|^2 in samples; infinite where no signal can be told from the noise."""
+        """tr(S) / |G|^2 in samples; infinite where no signal can be told from the noise, NaN where there is neither."""
         if not self._averages:
             return {}
         table = torch.stack(list(self._averages.values())).tolist()
@@ -46,6 +53,6 @@ class NoiseAverages:
 
 
 def _ratio(squared_norm: float, trace: float) -> float:
-    if trace <= 0:
-        return 0.0 if trace == 0 else float("nan")
-    return trace / squared_norm if squared_norm > 0 else float("inf")
+    if squared_norm > 0:
+        return trace / squared_norm
+    return math.inf if trace > 0 else math.nan

@@ -31,6 +31,8 @@ def refuse_unseen(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[st
 def _of_module(module: nn.Module) -> list[tuple[Tensor, str]]:
     """The module's own parameters that cannot be seen, and why."""
     own = list(module.parameters(recurse=False))
+    if any(p.is_complex() for p in own):
+        return [(p, "it is complex: train its torch.view_as_real()") for p in own if p.is_complex()]
     if type(module).__module__.startswith("fbgemm_gpu"):
         # All tables below it: their optimizer is fused into the backward pass.
         return [(p, f"{type(module).__name__} updates it inside the backward pass") for p in module.parameters()]

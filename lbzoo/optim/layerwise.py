@@ -59,6 +59,34 @@ def refuse_sparse_gradient(name: str, rule: str) -> NoReturn:
     )
 
 
+def refuse_parameter(param: Tensor, name: str) -> None:
+    """Raise UsageError for a parameter that no layer-wise rule can take: complex, or lost in a flat buffer."""
+    refuse_flat_parameter(param, name)
+    if param.is_complex():
+        raise UsageError(f"{name} is complex: train its torch.view_as_real() instead")
+
+
+def refuse_last_group(optimizer: Optimizer) -> None:
+    """:func:`refuse_parameter` for the group that was added last, which is taken out again where it is refused."""
+    index = len(optimizer.param_groups) - 1
+    try:
+        for position, param in enumerate(optimizer.param_groups[index]["params"]):
+            refuse_parameter(param, param_name(optimizer.param_groups, index, position))
+    except UsageError:
+        del optimizer.param_groups[index]
+        raise
+
+
+def refuse_flat_buffers(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Raise UsageError where somebody has put a few flat buffers into the place of the parameters."""
+    for index, group in enumerate(param_groups):
+        if len(group.get("param_names", group["params"])) != len(group["params"]):
+            raise UsageError(
+                f"parameter group {index} has {len(group['param_names'])} names for {len(group['params'])} "
+                "parameters: flat buffers (DeepSpeed ZeRO?) have taken their place, in which layers are lost"
+            )
+
+
 class LayerwiseOptimizer(Optimizer):
     """Base of the layer-wise optimizers. A subclass says what state a parameter has and which rule a batch follows.
 
@@ -129,12 +157,7 @@ class LayerwiseOptimizer(Optimizer):
         return {**report, "param_norm": param_norms, "grad_norm": grad_norms}
 
     def _batches(self) -> list[Batch]:
-        for index, group in enumerate(self.param_groups):
-            if len(group.get("param_names", group["params"])) != len(group["params"]):
-                raise UsageError(
-                    f"parameter group {index} has {len(group['param_names'])} names for {len(group['params'])} "
-                    "parameters: flat buffers (DeepSpeed ZeRO?) have taken their place, in which layers are lost"
-                )
+        refuse_flat_buffers(self.param_groups)
         return make_batches(
             self.param_groups,
             self._state_of,
@@ -148,7 +171,7 @@ class LayerwiseOptimizer(Optimizer):
             refuse_sparse_gradient(param_name(self.param_groups, group, position), type(self).__name__)
         state: dict[str, Any] = self.state[param]
         if not state:
-            self._refuse_param(param, group, position)
+            refuse_parameter(param, param_name(self.param_groups, group, position))
             state.update(self.new_state(param, self.param_groups[group]))
         return state
 
@@ -158,12 +181,7 @@ class LayerwiseOptimizer(Optimizer):
         where = f"{type(self).__name__}, parameter group {index}"
         check_group({**self.defaults, **param_group}, where, self.choices)
         super().add_param_group(param_group)
-        try:
-            for position, param in enumerate(self.param_groups[index]["params"]):
-                self._refuse_param(param, index, position)
-        except UsageError:
-            del self.param_groups[index]
-            raise
+        refuse_last_group(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -174,9 +192,3 @@ class LayerwiseOptimizer(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state. Unlike torch's own, float32 state of parameters of less precision stays float32."""
         load_with_precision(self, super().load_state_dict, state_dict)
-
-    def _refuse_param(self, param: Tensor, group: int, position: int) -> None:
-        name = param_name(self.param_groups, group, position)
-        refuse_flat_parameter(param, name)
-        if param.is_complex():
-            raise UsageError(f"{name} is complex: train its torch.view_as_real() instead")

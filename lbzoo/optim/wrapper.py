@@ -21,7 +21,13 @@ from lbzoo.optim.batch import Batch, make_batches
 from lbzoo.optim.checks import check_group
 from lbzoo.optim.elementwise import sweep
 from lbzoo.optim.layer_stats import LayerStats
-from lbzoo.optim.layerwise import has_overflowed, norms_of_change, refuse_sparse_gradient
+from lbzoo.optim.layerwise import (
+    has_overflowed,
+    norms_of_change,
+    refuse_flat_buffers,
+    refuse_last_group,
+    refuse_sparse_gradient,
+)
 from lbzoo.optim.rules import Rule, collect_reports, param_name, run_batches
 from lbzoo.optim.state import load_with_precision
 from lbzoo.sharding import local, with_local
@@ -130,6 +136,7 @@ class OptimizerWrapper(Optimizer):
         return {param: local(param).clone() for param in params}
 
     def _batches(self) -> list[Batch]:
+        refuse_flat_buffers(self.param_groups)
         return make_batches(self.param_groups, self._state_of, self.new_state)
 
     def _state_of(self, param: Tensor, group: int, position: int) -> dict[str, Any]:
@@ -161,10 +168,13 @@ class OptimizerWrapper(Optimizer):
         self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; raises UsageError for options out of range."""
+        """Add a group to the base; raises UsageError for options out of range and parameters that
+        no layer-wise rule can take.
+        """
         own = {key: param_group.setdefault(key, default) for key, default in self._own_defaults.items()}
         check_group(own, f"{type(self).__name__}, parameter group {len(self.param_groups)}")
         self.base.add_param_group(param_group)
+        refuse_last_group(self)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the state of both."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,26 @@ def test_fp16_scale_is_divided_out(tmp_path: Path) -> None:
     plain, scaled = scalars(tmp_path / "plain"), scalars(tmp_path / "scaled")
     for tag in plain:
         assert scaled[tag] == pytest.approx(plain[tag], rel=1e-4), tag
+
+
+def test_a_step_that_overflows_is_not_logged_and_leaves_no_trace(tmp_path: Path) -> None:
+    class Overflows(Plain):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (torch.inf if batch_idx == K + 1 else 1)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            """Skip the step, as a GradScaler does; after the callbacks have been asked."""
+            if any(not parameter.grad.isfinite().all() for parameter in self.parameters()):
+                self.zero_grad()
+
+    callbacks = (Gsnr(every=1), NoiseScale(every=1, observe_every=1, layers=("*",)))
+    train(Overflows(adamw), *callbacks, logger=tensorboard(tmp_path))
+    logged = scalars(tmp_path)
+    for tag in ("gsnr/0.weight", "summary/gsnr_p50", "summary/gsnr_at_gamma", "summary/generalization_ratio"):
+        assert set(logged[tag]) == {1, 3}, tag
+    scales = logged["summary/noise_scale"]
+    assert scales[2] == scales[1] != scales[3]
+    assert not any(math.isnan(value) for values in logged.values() for value in values.values())
 
 
 def test_nothing_is_collected_in_steps_that_are_not_logged(tmp_path: Path) -> None:

@@ -321,6 +321,13 @@ def test_parameters_that_cannot_be_seen_are_named_and_left_out() -> None:
     assert "can see no gradient of this model: weight" in refused(lambda: GradientStats(table))
 
 
+def test_complex_parameters_are_named_and_left_out() -> None:
+    model = WithTable(nn.Embedding(6, 3))
+    model.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.warns(UserWarning, match=r"leaves out phase \(it is complex"):
+        GradientStats(model)
+
+
 def test_an_optimizer_inside_the_backward_pass_is_named() -> None:
     from torch.distributed.optim import _apply_optimizer_in_backward
 

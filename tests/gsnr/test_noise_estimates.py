@@ -87,6 +87,33 @@ def test_the_estimates_are_averaged_before_they_are_divided() -> None:
     assert averages.whole() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_step_that_overflowed_leaves_no_trace(bad: float) -> None:
+    """Loss scaling makes them routine, and an average that has seen one infinity never forgets it."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 1)
+    stats = GradientStats(model, micro_batch_size=4)
+    seen = []
+    for step in range(3):
+        model.zero_grad()
+        for part in range(8):
+            loss = (model(torch.randn(4, 10)) - 1).square().mean() / 8
+            (loss * bad if (step, part) == (1, 3) else loss).backward()
+        seen.append((stats.noise_scale(), stats.noise_scale_per_layer()))
+    assert 0 < seen[0][0] < math.inf
+    assert seen[1] == seen[0]
+    assert 0 < seen[2][0] < math.inf
+    assert seen[2] != seen[0]
+
+
+def test_nothing_is_known_of_an_overflow_in_the_first_step() -> None:
+    averages = NoiseAverages(decay=0.5)
+    averages.add(["layer"], torch.tensor([math.inf]), torch.tensor([math.nan]), 40, 5)
+    assert math.isnan(averages.whole())
+    averages.add(["layer"], torch.tensor([3.0]), torch.tensor([8.0]), 40, 5)
+    assert averages.whole() == 80.0
+
+
 def test_no_signal_and_no_noise() -> None:
     averages = NoiseAverages(decay=0.5)
     averages.add(["noise", "signal"], torch.tensor([1.0, 1.0]), torch.tensor([8.0, 0.0]), 40, 5)

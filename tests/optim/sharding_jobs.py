@@ -176,7 +176,7 @@ def missing_gradients(name: str, options: Mapping[str, Any]) -> dict[str, Tensor
     return {name: param.to_local().detach().clone() for name, param in model.named_parameters()}
 
 
-def flat_parameters(use_orig_params: bool) -> str:
+def flat_parameters(name: str, use_orig_params: bool) -> str:
     """The message with which an FSDP1 model is refused."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -184,7 +184,7 @@ def flat_parameters(use_orig_params: bool) -> str:
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
     try:
-        create_optimizer(model, "lamb")
+        create_optimizer(model, name)
     except ValueError as error:
         return str(error)
     return ""

@@ -298,7 +298,7 @@ def test_sparse_gradients_are_refused_by_name(name):
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if not name.startswith("larc_ad")])
+@pytest.mark.parametrize("name", [*OURS, "vr_sgd", "vr_lamb"])
 def test_complex_parameters_are_refused_by_name(name):
     module = nn.Module()
     module.register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
@@ -362,9 +362,18 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.2]
 
 
-def test_flat_buffers_in_the_place_of_named_parameters_are_refused():
+@pytest.mark.parametrize("name", ["lamb", "larc_sgd", "vr_sgd"])
+def test_a_parameter_that_zero_has_partitioned_is_refused_by_name(name):
     model = nn.Linear(3, 2)
-    optimizer = create_optimizer(model, "lamb")
+    model.weight.ds_id = 0
+    with pytest.raises(UsageError, match=r"weight is partitioned by DeepSpeed ZeRO: .*borders are lost.*fully_shard"):
+        create_optimizer(model, name)
+
+
+@pytest.mark.parametrize("name", ["lamb", "larc_sgd"])
+def test_flat_buffers_in_the_place_of_named_parameters_are_refused(name):
+    model = nn.Linear(3, 2)
+    optimizer = create_optimizer(model, name)
     flat = nn.Parameter(torch.zeros(8))
     flat.grad = torch.ones(8)
     optimizer.param_groups[0]["params"] = [flat]

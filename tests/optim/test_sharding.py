@@ -108,7 +108,8 @@ def test_clipping_is_right_on_any_mixture(layout):
 
 
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_flat_parameters_of_fsdp1_are_refused(use_orig_params):
-    for message in on_ranks(2, jobs.flat_parameters, use_orig_params):
+@pytest.mark.parametrize("name", ["lamb", "larc_sgd", "vr_adam"])
+def test_flat_parameters_of_fsdp1_are_refused(name, use_orig_params):
+    for message in on_ranks(2, jobs.flat_parameters, name, use_orig_params):
         assert "flat parameter of FSDP1" in message
         assert "fully_shard" in message
