@@ -23,7 +23,8 @@ class SampleKey(NamedTuple):
 class DataFacts:
     """Sizes of a data set: nominal ones, with which a run is planned where the files are not, or those of the files.
 
-    ``num_classes`` and ``input_shape`` (without the batch dimension) fill a task's parameters of these names.
+    ``num_classes``, ``input_shape`` (without the batch dimension), ``pixel_mean`` and ``pixel_std`` (of each channel,
+    pixels from 0 to 1) and ``vocab_size`` (tokens) fill a task's parameters of these names.
     """
 
     num_train: int
@@ -31,6 +32,9 @@ class DataFacts:
     num_classes: int | None = None
     input_shape: tuple[int, ...] | None = None
     unit: str = "samples"
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    vocab_size: int | None = None
 
 
 class Samples(Protocol):
