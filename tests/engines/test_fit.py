@@ -122,21 +122,30 @@ def test_tensorboard_has_a_trust_ratio_of_each_layer(run: Path) -> None:
     assert [event.step for event in events.Scalars("val/top1")] == [4, 8]
 
 
-@pytest.mark.parametrize(("step", "signum"), [(3, signal.SIGTERM), (4, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("engine", "step", "signum", "then"),
+    [
+        ("lightning", 3, signal.SIGTERM, "lightning"),
+        ("lightning", 4, signal.SIGINT, "accelerate"),
+        ("accelerate", 3, signal.SIGTERM, "lightning"),
+        ("accelerate", 4, signal.SIGINT, "accelerate"),
+    ],
+)
 def test_stopped_and_resumed_is_the_uninterrupted_run(
-    recipe: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, signum: int
-) -> None:
+    recipe: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    engine: str, step: int, signum: int, then: str,
+) -> None:  # fmt: skip
     """Bit for bit, and every step stands once in every log; step 4 is one at which validation was due."""
     with monkeypatch.context() as patch:
         StopAfter(patch, step, signum)
-        stopped = fit(recipe, runs=tmp_path)
+        stopped = fit(recipe, [f"trainer.engine={engine}"], runs=tmp_path)
     assert (stopped.state, stopped.exit_code, stopped.step) == ("interrupted", 128 + signum, step)
     cut = tmp_path / "small" / "1"
     status = json.loads((cut / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("interrupted", 128 + signum, step)
 
     said: list[str] = []
-    result = fit(recipe, runs=tmp_path, resume="auto", say=said.append)
+    result = fit(recipe, [f"trainer.engine={then}"], runs=tmp_path, resume="auto", say=said.append)
     assert result.run_dir == cut
     assert any(f"at step {step}" in text for text in said)
     assert_same_weights(weights(cut, 8), weights(run, 8))
@@ -291,11 +300,19 @@ def test_under_slurm_and_under_torchrun(recipe: Path, run: Path, tmp_path: Path)
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_the_launcher_saves_and_leaves_no_process(recipe: Path, tmp_path: Path, signum: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "signum"),
+    [
+        ("lightning", signal.SIGINT), ("lightning", signal.SIGTERM), ("lightning", signal.SIGKILL),
+        ("accelerate", signal.SIGTERM), ("accelerate", signal.SIGKILL),
+    ],
+)  # fmt: skip
+def test_a_signal_to_the_launcher_saves_and_leaves_no_process(
+    recipe: Path, tmp_path: Path, engine: str, signum: int
+) -> None:
     """The ranks agree on a step, save, and go; even where the launcher itself is killed. Another number goes on."""
     words = ["fit", str(recipe), "steps=100000", "trainer.validate_every.steps=100000", "checkpoint.every_steps=50000",
-             "--runs", str(tmp_path)]  # fmt: skip
+             f"trainer.engine={engine}", "--runs", str(tmp_path)]  # fmt: skip
     base = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen([sys.executable, "-m", "lbzoo", *words, "trainer.devices=2"], env=base)
     run_dir = tmp_path / "small" / "1"
@@ -322,7 +339,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 @pytest.mark.dist
-def test_an_error_on_one_rank_ends_the_run_with_its_words(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["lightning", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_an_error_on_one_rank_ends_the_run_with_its_words(recipe: Path, tmp_path: Path, engine: str) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
         "import os\n"
@@ -338,7 +356,7 @@ def test_an_error_on_one_rank_ends_the_run_with_its_words(recipe: Path, tmp_path
     mine = tmp_path / "failing.yaml"
     text = RECIPE.replace("callbacks: [trust_ratio]", "callbacks: [fails_on_rank_1]\nplugins: [./plugin.py]")
     mine.write_text(text)
-    result = fit(mine, ["trainer.devices=2"], runs=tmp_path / "runs")
+    result = fit(mine, ["trainer.devices=2", f"trainer.engine={engine}"], runs=tmp_path / "runs")
     assert (result.state, result.exit_code) == ("failed", 1)
     status = json.loads((result.run_dir / "status.json").read_text())
     assert status["error"] == "rank 1: the disk of this machine is on fire"
