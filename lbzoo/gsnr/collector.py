@@ -42,7 +42,8 @@ class GradientStats:
         model: as it is trained, after it was wrapped.
         groups: k, however the batch is cut: consecutive micro-batches of a rank are pooled into that many gradients. A
             multiple of the number of ranks.
-        micro_batch_size: samples of one backward pass on one rank; ``noise_scale`` needs it.
+        micro_batch_size: samples of one backward pass on one rank; ``noise_scale`` needs it. Where FSDP2 does not
+            reduce after each (``set_requires_gradient_sync``): of all that it reduces at once.
         micro_batches: backward passes of one rank in a step. Needed with ``groups`` where there are more than
             groups / ranks; checked where it is given.
         noise_decay: of the averages of the noise scale, from one observed step to the next.

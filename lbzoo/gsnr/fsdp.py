@@ -207,8 +207,9 @@ class _Reduction(ReduceScatter):
         return piece
 
     def _begin(self) -> None:
-        if self._offset:  # what was there has been served
-            self.groups = self.passes = 0
+        if not self._offset:
+            return  # nothing was served since the last time: HSDP has put off its all_reduce, and the window goes on
+        self.groups = self.passes = 0
         if self._backend.restart(self._members):
             self._pooled, self._in_pool = None, 0
 

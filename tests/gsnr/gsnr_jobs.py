@@ -12,7 +12,7 @@ import torch.distributed as dist
 from brute_force import data, loss_of, make_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,7 +36,7 @@ def wrap(layout: str, model: nn.Module, precision: str = "32") -> nn.Module:
             gradient_as_bucket_view="view" in layout,
             find_unused_parameters="unused" in layout,
         )
-    if layout == "hsdp":
+    if layout.startswith("hsdp"):
         mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (ranks,))
@@ -65,10 +65,20 @@ def backward_passes(
     x, y = (tensor.chunk(dist.get_world_size())[dist.get_rank()].chunk(micro_batches) for tensor in data())
     for index in range(used):
         last = index == used - 1
+        put_off(layout, model, not last)
         quiet = no_sync and not last and isinstance(model, DistributedDataParallel)
         with model.no_sync() if quiet else contextlib.nullcontext():
             (loss_of(model, x[index].to(dtype), y[index].to(dtype)) / used).backward()
         yield
+
+
+def put_off(layout: str, model: nn.Module, later: bool) -> None:
+    """ "hsdp late": one all_reduce over the replicas a step. "fsdp seldom": one reduction of any kind a step."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and layout == "hsdp late":
+            module.set_requires_all_reduce(not later, recurse=False)
+        if isinstance(module, FSDPModule) and layout == "fsdp seldom":
+            module.set_requires_gradient_sync(not later, recurse=False)
 
 
 def average_whole_gradients(layout: str, model: nn.Module) -> None:

@@ -46,6 +46,7 @@ LAYOUTS = [
     ("list", 2, 2, "net"),
     ("mixed", 2, 2, "net"),
     ("mixed", 4, 1, "net"),
+    ("mixed", 1, 4, "net"),
     ("one group", 2, 2, "tied"),
 ]
 
@@ -103,6 +104,27 @@ def test_a_partial_window_counts_what_it_saw(four_ranks: Processes, layout: str,
     expected = mean_and_variance(make_model(), x, y, ranks * used)
     for key, (_, variance) in expected.items():
         torch.testing.assert_close(result["variance"][key].double(), variance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["hsdp", "hsdp late"])
+@pytest.mark.parametrize(("micro_batches", "options", "k"), [(2, {}, 8), (4, {}, 16), (4, {"groups": 8}, 8)])
+def test_hsdp_whenever_its_replicas_are_averaged(
+    four_ranks: Processes, layout: str, micro_batches: int, options: dict[str, Any], k: int
+) -> None:
+    options |= {"micro_batches": micro_batches}
+    result = four_ranks.run(4, partial(gsnr_jobs.collect, layout, "net", micro_batches, options=options))[0]
+    assert result["k"] == k
+    assert_equals_brute_force(result, parts=k)
+
+
+def test_micro_batches_that_fsdp2_adds_up_before_it_reduces_are_one_gradient(four_ranks: Processes) -> None:
+    """The samples of a gradient are then those of all of them."""
+    options = {"micro_batch_size": 4}
+    result = four_ranks.run(4, partial(gsnr_jobs.collect, "fsdp seldom", "net", 2, options=options))[0]
+    assert result["k"] == 4
+    assert_equals_brute_force(result)
+    every = four_ranks.run(4, partial(gsnr_jobs.collect, "fsdp", "net", 1, options=options))[0]
+    assert result["noise_scale"] == pytest.approx(every["noise_scale"], rel=1e-4)
 
 
 def test_ddp_that_synchronises_every_micro_batch(four_ranks: Processes) -> None:
