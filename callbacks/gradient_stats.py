@@ -124,7 +124,7 @@ class StatisticsCallback(Callback):
         if stats.num_gradients >= 2:
             self._measured_step = step
             self.measure(trainer, stats)
-        elif not self._has_warned:
+        elif stats.num_gradients and not self._has_warned:  # none at all: the step is left out (divergence.py)
             self._has_warned = True
             warnings.warn(
                 f"{type(self).__name__} logs nothing: {stats.num_gradients} gradient a step has no variance: "

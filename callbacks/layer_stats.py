@@ -106,12 +106,17 @@ def _norms(parameters: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> T
     device = local(parameters[0]).device
     norms = [torch._foreach_norm(list(row), 2.0, dtype=torch.float64) for row in parts]
     squares_RL = torch.stack([torch.stack([norm.to(device) for norm in row]) for row in norms]).square()
+    return over_shards(parameters, squares_RL).sqrt()
+
+
+def over_shards(parameters: Sequence[Tensor], sums_RL: Tensor) -> Tensor:
+    """Add up R sums over what each rank holds of L parameters, in place, over the ranks that hold the rest."""
     columns: dict[ShardGroups, list[int]] = {}
     for column, parameter in enumerate(parameters):
         columns.setdefault(shard_groups(parameter), []).append(column)
     for groups, own in columns.items():
-        squares_RL[:, own] = reduce_over_shards(squares_RL[:, own], groups)
-    return squares_RL.sqrt()
+        sums_RL[:, own] = reduce_over_shards(sums_RL[:, own], groups)
+    return sums_RL
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -30,6 +30,16 @@ class UnknownNameError(UsageError):
         super().__init__(f"no {kind} named '{name}'{did_you_mean(name, self.known)}")
 
 
+class DivergedError(LbzooError):
+    """The training has diverged (exit code 3). ``step``: the first bad optimizer step."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, step: int = 0) -> None:
+        self.step = step
+        super().__init__(message)
+
+
 class DataError(LbzooError):
     """Data that is missing, incomplete or broken."""
 

@@ -6,14 +6,19 @@ final name and renamed, so a directory under its final name is always whole.
 """
 
 from lbzoo.checkpoint.folder import CheckpointFolder, read_state, resolve_checkpoint, validates_averages
-from lbzoo.checkpoint.format import load_checkpoint, load_weights, save_checkpoint
+from lbzoo.checkpoint.format import load_callbacks, load_checkpoint, load_weights
+from lbzoo.checkpoint.saving import BackgroundSaver, content_of, save_checkpoint, write
 
 __all__ = [
+    "BackgroundSaver",
     "CheckpointFolder",
+    "content_of",
+    "load_callbacks",
     "load_checkpoint",
     "load_weights",
     "read_state",
     "resolve_checkpoint",
     "save_checkpoint",
     "validates_averages",
+    "write",
 ]

@@ -15,7 +15,8 @@ from typing import Any
 
 from lbzoo.errors import CheckpointError
 
-STATE_FILE = "state.json"
+FORMAT = 1
+STATE_FILE, CALLBACKS_FILE = "state.json", "callbacks.pt"
 _NAME = re.compile(r"step_(\d{8,})$")
 
 

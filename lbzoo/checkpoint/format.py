@@ -1,66 +1,22 @@
-"""Writing and reading a checkpoint with torch.distributed.checkpoint.
+"""Loading a checkpoint into a model and an optimizer, whatever layout they have now.
 
-Every rank calls these functions: shards are written and read where they live, replicated tensors once. Keys are
-parameter names of the module without ``module.`` or ``_orig_mod.``, so another engine, another number of devices and
-another layout read the same files.
+Every rank calls these functions: shards are read where they live. Keys are parameter names of the module without
+``module.`` or ``_orig_mod.``, so another engine, another number of devices and another layout read the same files.
+What does not belong together is named before anything is loaded.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lbzoo.checkpoint.folder import STATE_FILE, read_state
+from lbzoo.checkpoint.folder import CALLBACKS_FILE, FORMAT, read_state
+from lbzoo.checkpoint.quiet import quiet
 from lbzoo.errors import CheckpointError, did_you_mean
-
-FORMAT = 1
-
-
-def save_checkpoint(
-    path: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    averages: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Write ``path`` (which must not exist under this name yet): tensors, then ``state.json``, then the rename.
-
-    ``state`` is JSON-able; ``averages`` are those of the weights, by their names. Collective: every rank calls it; rank
-    0 renames, and all wait for that.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    beside = path.with_suffix(".tmp")
-    if _rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    _barrier()
-    model_state, optimizer_state = get_state_dict(module, optimizer)
-    with _quiet():
-        content = {"model": model_state, "optimizer": optimizer_state, "ema": dict(averages or {})}
-        dcp.save(content, checkpoint_id=beside)
-    _barrier()
-    if _rank() == 0:
-        sizes = {file.name: file.stat().st_size for file in sorted(beside.iterdir())}
-        document = {"format": FORMAT, **state, "files": sizes}
-        (beside / STATE_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        _to_disk(beside)
-        if path.exists():  # the same step, written before a resume: the new one takes its place whole
-            shutil.rmtree(path)
-        beside.rename(path)
-    _barrier()
 
 
 def load_checkpoint(
@@ -73,8 +29,9 @@ def load_checkpoint(
 
     Raises CheckpointError where a file is damaged or where the checkpoint is of another model, naming the parameters.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    from lbzoo.checkpoint.reading import load_into
 
     state = _read_supported(path)
     _check_same_model(path, module)
@@ -84,10 +41,21 @@ def load_checkpoint(
     if averages is not None:
         _require_same(path, _shapes(averages), _stored_averages(path))
         target["ema"] = dict(averages)
-    with _quiet():
-        dcp.load(target, checkpoint_id=path)
+    with quiet():
+        load_into(target, path)
     set_state_dict(module, optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"])
     return state
+
+
+def load_callbacks(path: Path) -> dict[str, Any]:
+    """The states of the callbacks by name; {} where none had any."""
+    file = path / CALLBACKS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def load_weights(path: Path, module: nn.Module, *, averaged: bool = False) -> None:
@@ -98,25 +66,26 @@ def load_weights(path: Path, module: nn.Module, *, averaged: bool = False) -> No
     if path.is_file():
         _load_weights_file(path, module)
         return
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    from lbzoo.checkpoint.reading import load_into
 
     _read_supported(path)
     _check_same_model(path, module)
     target = {"model": get_model_state_dict(module)}
-    with _quiet():
-        dcp.load(target, checkpoint_id=path)
+    with quiet():
+        load_into(target, path)
     set_model_state_dict(module, target["model"])
     if averaged:
         _load_averages(path, module)
 
 
 def _load_averages(path: Path, module: nn.Module) -> None:
-    import torch.distributed.checkpoint as dcp
+    from lbzoo.checkpoint.reading import load_into
 
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with _quiet():
-        dcp.load({"ema": {name: own[name].detach() for name in _stored_averages(path)}}, checkpoint_id=path)
+    with quiet():
+        load_into({"ema": {name: own[name].detach() for name in _stored_averages(path)}}, path)
 
 
 def _stored_averages(path: Path) -> dict[str, tuple[int, ...]]:
@@ -155,12 +124,9 @@ def _read_supported(path: Path) -> dict[str, Any]:
 
 def _stored(path: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     """Names below ``prefix`` with their shapes (() for what is not a tensor), from the checkpoint's metadata."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from lbzoo.checkpoint.reading import read_metadata
 
-    try:
-        entries = FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: its .metadata cannot be read ({error})") from error
+    entries = read_metadata(path).state_dict_metadata
     return {n[len(prefix) :]: tuple(getattr(e, "size", ())) for n, e in entries.items() if n.startswith(prefix)}
 
 
@@ -193,37 +159,3 @@ def _require_same(path: Path, own: Mapping[str, tuple[int, ...]], stored: Mappin
 
 def _first(names: Iterable[str], count: int = 3) -> list[str]:
     return sorted(names)[:count]
-
-
-def _to_disk(folder: Path) -> None:
-    """Flush files and their directory: after a power cut a renamed checkpoint must not be empty."""
-    for entry in [*folder.iterdir(), folder]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch.distributed.checkpoint's remarks about running in one process."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed.*single process.*")
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

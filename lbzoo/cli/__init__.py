@@ -22,9 +22,10 @@ from lbzoo.cli.optim import optim
 from lbzoo.cli.plan import plan
 from lbzoo.cli.schema import schema
 from lbzoo.cli.show import show
+from lbzoo.cli.sweep import sweep
 from lbzoo.cli.table import table
 from lbzoo.cli.validate import validate
-from lbzoo.errors import LbzooError
+from lbzoo.errors import DivergedError, LbzooError
 
 app = typer.Typer(
     name="lbzoo",
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fit, validate, ls, show, cp, check, plan, table, schema, doctor):
+for verb in (fit, validate, ls, show, cp, check, plan, table, sweep, schema, doctor):
     app.command()(verb)
 app.add_typer(optim, name="optim")
 
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except LbzooError as error:
         if debug:
             raise
-        typer.echo(f"error: {_first_cause(error)}", err=True)
+        if not (isinstance(error, DivergedError) and os.environ.get("RANK", "0") != "0"):  # all ranks say the same
+            typer.echo(f"error: {_first_cause(error)}", err=True)
         code = error.exit_code
     raise SystemExit(code if isinstance(code, int) else 0)
 

@@ -28,7 +28,7 @@ from lbzoo.engines.launch import (
 from lbzoo.engines.micro_batch_sizes import check_sizes_can_be_found, with_found_sizes
 from lbzoo.engines.opening import Say, open_run, resume_point
 from lbzoo.engines.run_folder import RunFolder, run_of
-from lbzoo.errors import DataError, LbzooError, UsageError
+from lbzoo.errors import DataError, DivergedError, LbzooError, UsageError
 from lbzoo.recipe import ResolvedRecipe, build_data, load_recipe, with_sample_counts
 from lbzoo.recipe.schema import Scale
 
@@ -181,7 +181,7 @@ def _guarded(run: RunFolder, world: World, train: Callable[[], Outcome]) -> Outc
         failed(stop, 130, "interrupted")
         raise
     except LbzooError as error:
-        failed(error, error.exit_code)
+        failed(error, error.exit_code, "diverged" if isinstance(error, DivergedError) else "failed")
         raise
     except BaseException as error:
         failed(error, 1)

@@ -115,6 +115,7 @@ class Checkpointer(Callback):
         describe: the part of ``state.json`` that does not change from save to save, for a given step.
         signals: asked at the end of each step.
         average: the averages of the weights, which are saved along.
+        before_save: called with the step; what it raises keeps a diverged state from being saved.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Checkpointer(Callback):
         describe: Callable[[int], dict[str, Any]],
         signals: StopSignals,
         average: AverageWeights | None = None,
+        before_save: Callable[[int], None] | None = None,
     ) -> None:
         self._run = run
         self._last_step, self._every_steps, self._validate_every = last_step, every_steps, validate_every
@@ -138,7 +140,7 @@ class Checkpointer(Callback):
         self.best, self.metrics = best, metrics
         self._describe = describe
         self._signals = signals
-        self._average = average
+        self._average, self._before_save = average, before_save
         self._stop = 0  # the signal that the run was asked to stop by
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,6 +181,8 @@ class Checkpointer(Callback):
         self, trainer: Trainer, module: LightningModule, *, is_best: bool = False, validation_owed: bool = False
     ) -> None:
         step = trainer.global_step
+        if self._before_save is not None:
+            self._before_save(step)
         average_running_statistics(module)
         state = {
             **self._describe(step),

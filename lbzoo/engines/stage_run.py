@@ -18,6 +18,7 @@ from lbzoo.callbacks.gradient_stats import StatsForOptimizers
 from lbzoo.data.base import DataSource
 from lbzoo.data.loader import Loader, train_loader, val_loader
 from lbzoo.engines.compiled import CompileModel
+from lbzoo.engines.divergence import LogRollbacks, divergence_monitor
 from lbzoo.engines.global_items import GlobalItems, ReadAhead
 from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
@@ -64,7 +65,8 @@ class StageRun:
 
     ``step`` is the optimizer step the run stands at and ``last_step`` the one the stage ends with; ``accumulate``
     counts micro-batches of a rank in a step, ``validate_every`` optimizer steps. ``callbacks`` are in the order they
-    are called in. Where ``validation_owed``, a validation comes before the first step.
+    are called in. Where ``validation_owed``, a validation comes before the first step. ``rollbacks``: made by the run
+    so far.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class StageRun:
         run: RunFolder,
         start: Start,
         module: Task,
+        *,
+        rollbacks: int = 0,
     ) -> None:
         self.recipe, self.stage, self.source = recipe, stage, source
         self.world, self.run = world, run
@@ -94,6 +98,7 @@ class StageRun:
         self.validation_owed = bool(state.get("validation_owed"))
         self.signals = StopSignals(self._leave_at_once)
         self._average = AverageWeights(recipe.trainer.ema) if recipe.trainer.ema is not None else None
+        self._divergence = divergence_monitor(recipe, stage, source, run, world_size=world.world_size)
         self._checkpointer = self._make_checkpointer(module, state)
         self._items = GlobalItems(self.accumulate, module) if GlobalItems.needed_by(module) else None
         self.callbacks: list[Callback] = [
@@ -104,6 +109,8 @@ class StageRun:
             *([CompileModel(recipe.trainer.compile)] if recipe.trainer.compile else []),
             *([self._average] if self._average is not None else []),
             Restore(start.checkpoint, self.step - stage.first_step, self._average),
+            *([self._divergence] if self._divergence is not None else []),
+            *([LogRollbacks(rollbacks, every=recipe.logging.every)] if rollbacks else []),
             *_recipe_callbacks(recipe),
             StatsForOptimizers(micro_batch_size=stage.micro_batch_size),
             self._checkpointer,
@@ -160,6 +167,7 @@ class StageRun:
             describe=self._describe,
             signals=self.signals,
             average=self._average,
+            before_save=self._divergence.check_weights if self._divergence is not None else None,
         )
 
     def _progress(self, step: int) -> dict[str, Any]:

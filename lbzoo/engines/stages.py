@@ -11,14 +11,17 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from lbzoo.checkpoint import load_weights, validates_averages
+from lbzoo.checkpoint import load_weights, read_state, validates_averages
 from lbzoo.data.base import DataSource
+from lbzoo.engines import distributed
 from lbzoo.engines.activation_checkpointing import checkpoint_activations
+from lbzoo.engines.divergence import Rollbacks, scaled
 from lbzoo.engines.launch import World
+from lbzoo.engines.opening import resume_point
 from lbzoo.engines.run_callbacks import Best
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.engines.stage_run import Outcome, StageRun, Start, validation_loader
-from lbzoo.errors import CheckpointError
+from lbzoo.errors import CheckpointError, DivergedError
 from lbzoo.recipe import ResolvedRecipe, Stage, build_schedule, build_task, optimizer_factory
 from lbzoo.sharding import whole
 from lbzoo.tasks.base import Task
@@ -45,26 +48,29 @@ def train(
     """Train every stage that is left, each from the weights of the one before. ``sources`` are its data by stage."""
     _set_threads(recipe, world)
     engine = _engine(recipe)
+    rollbacks = Rollbacks(run, recipe.trainer.divergence)
     module: Task | None = None
     outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
     first = int(start.state["stage_index"]) if start.state else 0
     for stage in recipe.stages[first:]:
-        earlier, module = module, build_module(recipe, stage)
-        if earlier is not None:
-            _carry_weights(earlier, module)
-        elif start.weights is not None:
-            load_weights(start.weights, module, averaged=validates_averages(start.weights))
-        here = start if stage.index == first else Start()
-        if here.step >= stage.first_step + stage.steps:
-            assert here.checkpoint is not None
-            load_weights(here.checkpoint, module)  # saved at the end of this stage
-            continue
-        stage_run = StageRun(recipe, stage, sources[stage.name], world, run, here, module)
-        try:
-            step = engine.train_stage(stage_run, module)
-        finally:
-            stage_run.signals.restore()
-        outcome = stage_run.outcome(step)
+        earlier, here = module, start if stage.index == first else Start()
+        is_over = False
+        while not is_over:
+            module = _module_at_start(recipe, stage, earlier, start.weights, rollbacks.lr_factor(stage))
+            if here.step >= stage.first_step + stage.steps:
+                assert here.checkpoint is not None
+                load_weights(here.checkpoint, module)  # saved at the end of this stage
+                break
+            made = len(rollbacks.made)
+            stage_run = StageRun(recipe, stage, sources[stage.name], world, run, here, module, rollbacks=made)
+            try:
+                step = engine.train_stage(stage_run, module)
+                outcome, is_over = stage_run.outcome(step), True
+            except DivergedError as error:
+                here = _last_checkpoint(run, stage)
+                rollbacks.make(error, stage, max(here.step, stage.first_step))
+            finally:
+                stage_run.signals.restore()
     return outcome
 
 
@@ -83,13 +89,32 @@ def _engine(recipe: ResolvedRecipe) -> Engine:
     return cast("Engine", importlib.import_module(f"lbzoo.engines.{recipe.trainer.engine}"))
 
 
-def build_module(recipe: ResolvedRecipe, stage: Stage) -> Task:
+def build_module(recipe: ResolvedRecipe, stage: Stage, lr_factor: float = 1.0) -> Task:
     """The same initial weights on every rank and for every layout: drawn on the CPU from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     module = build_task(stage)
-    module.bind(optimizer_factory(stage), build_schedule(stage))
+    module.bind(optimizer_factory(stage), scaled(build_schedule(stage), lr_factor))
     checkpoint_activations(module, recipe.trainer)
     return module
+
+
+def _module_at_start(
+    recipe: ResolvedRecipe, stage: Stage, earlier: Task | None, weights: Path | None, lr_factor: float
+) -> Task:
+    """A stage's module with the weights that it begins from, of the stage before or of ``--init-from``."""
+    module = build_module(recipe, stage, lr_factor)
+    if earlier is not None:
+        _carry_weights(earlier, module)
+    elif weights is not None:
+        load_weights(weights, module, averaged=validates_averages(weights))
+    return module
+
+
+def _last_checkpoint(run: RunFolder, stage: Stage) -> Start:
+    """The newest whole one of this stage; the stage's beginning where there is none. On every rank."""
+    point = distributed.on_rank_zero(lambda: resume_point(run))
+    state = read_state(point) if point is not None else None
+    return Start(point, state) if state is not None and int(state["step"]) > stage.first_step else Start()
 
 
 def _carry_weights(earlier: Task, later: Task) -> None:

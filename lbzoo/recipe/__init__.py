@@ -7,6 +7,7 @@ from lbzoo.recipe.resolving import load_recipe, with_micro_batch_sizes, with_sam
 from lbzoo.recipe.schema import (
     CheckpointSettings,
     CompileMode,
+    DivergenceSettings,
     EmaSettings,
     Interval,
     LoggingSettings,
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointSettings",
     "CompileMode",
     "Component",
+    "DivergenceSettings",
     "EmaSettings",
     "Interval",
     "LoggingSettings",

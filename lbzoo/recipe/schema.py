@@ -163,6 +163,23 @@ class EmaSettings(Settings):
     """Validate with the averages: `val/...`, the best checkpoint and `lbzoo validate` are then theirs."""
 
 
+class DivergenceSettings(Settings):
+    """What tells that a run has diverged, apart from a loss or a gradient that is not finite, and what is done then."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """`stop` ends the run with exit code 3; `skip` leaves out bad steps, for which the device is read before each step;
+    `rollback` goes on from the last checkpoint with a smaller learning rate, on the same samples."""
+    at_most: PositiveInt = 3
+    """Rollbacks of a run, or steps skipped in a row; then it ends with exit code 3 all the same."""
+    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What each rollback multiplies the learning rate by, for the rest of the stage."""
+    loss_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
+    """A loss is bad above so many times its moving average, which is over about 50 steps; null for never."""
+    trust_ratio_drop: Annotated[float, Field(gt=0, lt=1)] | None = 1e-3
+    """Trust ratios have collapsed when their mean over the layers is below this share of its moving average; null for
+    never. They are looked at every `logging.every` steps."""
+
+
 class TrainerSettings(Settings):
     """What runs the training, and on what."""
 
@@ -191,6 +208,8 @@ class TrainerSettings(Settings):
     """
     ema: EmaSettings | None = None
     """Keep an average of the weights; null drops what a base says."""
+    divergence: DivergenceSettings | None = DivergenceSettings()
+    """When a run has diverged, and what happens then; null: nobody looks."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Data-loading processes of each device."""
     validate_every: Interval = Interval(epochs=1)

@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from lbzoo.checkpoint import CheckpointFolder, load_checkpoint, load_weights, read_state, resolve_checkpoint
-from lbzoo.checkpoint.format import save_checkpoint
+from lbzoo.checkpoint import (
+    CheckpointFolder,
+    load_checkpoint,
+    load_weights,
+    read_state,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from lbzoo.errors import CheckpointError
 
 
@@ -126,7 +132,7 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path: Path, monkeypatch: p
     model, optimizer = make()
     save_checkpoint(folder.step_path(1), model, optimizer, {"step": 1})
     monkeypatch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"step_00000002 could not be written.*No space left"):
         save_checkpoint(folder.step_path(2), model, optimizer, {"step": 2})
     monkeypatch.undo()
     assert folder.steps() == [1]
