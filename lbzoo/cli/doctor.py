@@ -19,6 +19,7 @@ _EXTRAS = {
     "audio": ("torchaudio", "soundfile"),
     "dlrm": ("torchrec", "fbgemm_gpu"),
     "accelerate": ("accelerate",),
+    "sweep": ("optuna", "matplotlib"),
 }
 
 

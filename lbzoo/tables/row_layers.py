@@ -41,6 +41,12 @@ def row_layer(file: TableFile, row: PaperRow) -> dict[str, Any]:
     return layer
 
 
+def place_of(file: TableFile, column: str) -> str | None:
+    """The one key of a recipe that a column goes to; None where there is none, or more than one."""
+    target = file.columns.get(column, _PLACES.get(column))
+    return target if isinstance(target, str) else None
+
+
 def logged_metric(file: TableFile, name: str) -> str | None:
     """The name that the engine logs a metric of the paper's under; None where nothing logs it."""
     return file.metrics.get(name, _LOGGED.get(name))
