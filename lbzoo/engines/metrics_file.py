@@ -35,6 +35,11 @@ class MetricsFile(Logger):
         self._started = time.time()
 
     @property
+    def save_dir(self) -> str:
+        """The folder of the run."""
+        return str(self._path.parent)
+
+    @property
     def name(self) -> str:
         return "metrics"
 
