@@ -8,11 +8,12 @@ DRIVER := $(if $(wildcard /proc/driver/nvidia/version),driver,no-driver)
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(DRIVER)
 TEST_THREADS := OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
 
-.PHONY: help setup demo test test-all lint format wheel bench constraints clean
+.PHONY: help setup demo test test-all smoke-tables lint format wheel bench constraints clean
 
 help:
 	@echo "make demo      set up if need be, then train the headline recipe on embedded data (about a minute)"
 	@echo "make test      set up if need be, then run the tests (make test-all: the slow ones too)"
+	@echo "make smoke-tables    two optimizer steps of every kind of recipe in the papers' tables (minutes)"
 	@echo "make setup     create $(VENV) and install everything; does nothing the second time"
 	@echo "make lint      ruff and mypy        make format   let ruff rewrite"
 	@echo "make wheel     build dist/*.whl     make bench    benchmarks into benchmarks/results"
@@ -46,6 +47,10 @@ test: setup
 test-all: setup
 	$(TEST_THREADS) $(BIN)/python -m pytest -n 2 --dist loadgroup -q -m ''
 
+smoke-tables: setup
+	rm -rf build/smoke-tables
+	$(TEST_THREADS) $(BIN)/lbzoo table --run --scale smoke --runs build/smoke-tables
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,6 +64,7 @@ wheel: setup
 	$(BIN)/python -m build --wheel
 
 bench: setup
+	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/monitoring.py
 	$(BIN)/python benchmarks/optimizer_step.py
 

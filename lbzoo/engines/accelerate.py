@@ -160,7 +160,8 @@ class AccelerateMachine:
                 with_gradients()
                 return loss
 
-            self._optimizer.step(closure_and_hooks)
+            # Not the wrapper's step, which in every call looks through the file system for a package.
+            self._optimizer.optimizer.step(closure_and_hooks)
             return
         loss = closure()
         # torch's fused optimizers unscale in their step.
