@@ -10,6 +10,7 @@ from distributed import on_ranks
 from fit_jobs import fit_here, saved_weights
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch._dynamo.utils import counters
 
 from lbzoo.engines.compiled import CompileModel
 from lbzoo.errors import UsageError
@@ -47,18 +48,26 @@ def test_the_numbers_of_eager_mode_with_one_compilation(recipe: Path, tmp_path: 
     """Validation batches of 4, 3 and 3 samples would each be a recompilation, which is an error here."""
     eager = fit_here(recipe, ["trainer.devices=1"], tmp_path)
     torch._dynamo.reset()
+    counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = fit_here(recipe, ["trainer.devices=1", "trainer.compile=true"], tmp_path)
     assert_same_numbers(eager.run_dir, compiled.run_dir)
+    assert counters["stats"]["unique_graphs"] == 2  # the trial's, and the whole network's
     assert not torch._dynamo.eval_frame._stance.stance.startswith("force")
+
+
+UNITS = ["trainer.fsdp={layers: [Linear, Embedding]}", "trainer.activation_checkpointing=true"]
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("engine", ["lightning", "accelerate"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_numbers_of_eager_mode_on_two_ranks(recipe: Path, tmp_path: Path, engine: str, strategy: str) -> None:
-    overrides = ["trainer.devices=2", f"trainer.engine={engine}", f"trainer.strategy={strategy}"]
+@pytest.mark.parametrize(("strategy", "changes"), [("ddp", []), ("fsdp", []), ("fsdp", UNITS)])
+def test_the_numbers_of_eager_mode_on_two_ranks(
+    recipe: Path, tmp_path: Path, engine: str, strategy: str, changes: list[str]
+) -> None:
+    """With units of FSDP2, and with activations computed anew, a graph ends at each unit."""
+    overrides = ["trainer.devices=2", f"trainer.engine={engine}", f"trainer.strategy={strategy}", *changes]
     eager = on_ranks(2, fit_here, recipe, overrides, tmp_path)[0]
     compiled = on_ranks(2, fit_here, recipe, [*overrides, "trainer.compile=true"], tmp_path)[0]
     assert_same_numbers(eager.run_dir, compiled.run_dir)
