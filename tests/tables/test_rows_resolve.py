@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,9 +27,13 @@ def test_the_recipe_has_the_values_of_the_row(table_id: str) -> None:
     table = find_table(table_id)
     for recipe, printed in zip(RECIPES[table_id], table["rows"], strict=True):
         if isinstance(recipe, RowRecipe):
-            (stage,) = recipe.load().stages
             row = {**best_run(printed), **table["fixed"], **printed}
-            assert_same(stage, row, f"{table_id} row {recipe.row.number}")
+            where = f"{table_id} row {recipe.row.number}"
+            stages = recipe.load().stages
+            if len(stages) == 1:
+                assert_same(stages[0], row, where)
+            else:
+                assert_same_phases(stages, row, where)
 
 
 def best_run(row: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +69,17 @@ def assert_same(stage: Stage, row: dict[str, Any], where: str) -> None:
         boundaries = [round(epoch * IMAGENET / row["batch_size"]) for epoch in row["decay_epochs"]]
         for boundary in boundaries:
             assert schedule(boundary + 1) == pytest.approx(row["decay_factor"] * schedule(boundary)), where
+
+
+def assert_same_phases(stages: Sequence[Stage], row: dict[str, Any], where: str) -> None:
+    """A run of two phases and a fine-tuning: batch sizes and steps of the phases, or of the one that the row is of."""
+    phases = [stages[row["stage"] - 1]] if "stage" in row else stages[:2]
+    batch = row["batch_size"]
+    sizes = list(batch.values()) if isinstance(batch, dict) else [batch] * len(phases)
+    assert [stage.global_batch_size for stage in phases] == sizes, where
+    assert "steps" not in row or sum(stage.steps for stage in phases) == row["steps"], where
+    if isinstance(row.get("lr"), float):
+        assert phases[0].optimizer.options["lr"] == pytest.approx(row["lr"], rel=1e-11), where
 
 
 @pytest.mark.parametrize("table_id", BUILT)

@@ -15,7 +15,7 @@ import pytest
 from conftest import FakeFit, lines_of
 
 from lbzoo.errors import DataError, LbzooError
-from lbzoo.tables.paper_tables import paper_table, select_rows
+from lbzoo.tables.paper_tables import paper_table, select_rows, table_ids
 from lbzoo.tables.results import Record, ResultsFile
 from lbzoo.tables.row_recipes import RowRecipe, recipe_of
 from lbzoo.tables.running import Tally, run_rows, shape_of
@@ -166,6 +166,16 @@ def test_what_makes_a_shape() -> None:
     assert isinstance(first, RowRecipe)
     for override in ("optimizer.bias_correction=false", "optimizer.name=nlamb", "callbacks=[gsnr]", "schedule=cosine"):
         assert shape_of(first.load("smoke", [override])) not in shapes, override
+
+
+@pytest.mark.slow
+def test_all_tables_at_scale_smoke(tmp_path: Path) -> None:
+    """What `make smoke-tables` does."""
+    rows = [row for each in table_ids() for row in paper_table(each).rows]
+    said: list[str] = []
+    tally = run_rows(rows, "smoke", runs=tmp_path, say=said.append)
+    assert tally.failed == 0, [text for text in said if "failed" in text]
+    assert tally.ran + tally.checked + tally.unavailable == len(rows)
 
 
 def test_a_real_row_at_scale_smoke(tmp_path: Path) -> None:
