@@ -31,7 +31,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from lbzoo.errors import UnknownNameError, UsageError
+from lbzoo.errors import LbzooError, UnknownNameError, UsageError
 from lbzoo.signatures import Entry, Option, options_of, scan_source, source_files
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Registry:
                 importlib.import_module(self._scanned[name].module)
             elif name in self._entry_points:
                 # The module may use the decorator itself; if it does not, the entry point's object is the component.
-                loaded = self._entry_points[name].load()
+                loaded = self._load(self._entry_points[name])
                 if name not in self._added:
                     self.add(name, loaded)
         if name not in self._added:
@@ -110,6 +110,10 @@ class Registry:
 
     def options(self, name: str) -> Mapping[str, Option]:
         """The options that ``name`` takes; imports the component only where its source cannot be read."""
+        wrapped = self._wrapped(name)
+        if wrapped is not None:
+            assert self.wrappers is not None
+            return {**self.options(wrapped[1]), **self.wrappers.options(wrapped[0])}
         options = self.entry(name).options
         return options_of(self.get(name)) if options is None else options
 
@@ -124,8 +128,7 @@ class Registry:
             return self._entry_of_added(name)
         if name in self._entry_points:
             point = self._entry_points[name]
-            origin = f"entry point of {point.dist.name}" if point.dist else "entry point"
-            return Entry(name, self.kind, point.module, point.attr, origin)
+            return Entry(name, self.kind, point.module, point.attr, _origin(point))
         raise UnknownNameError(self.kind, name, self.names())
 
     def meta(self, name: str) -> Mapping[str, Any]:
@@ -136,6 +139,17 @@ class Registry:
             return {**self.meta(wrapped[1]), **self.wrappers.meta(wrapped[0])}
         self.get(name)
         return self._added[name].meta
+
+    def _load(self, point: importlib.metadata.EntryPoint) -> Any:
+        try:
+            return point.load()
+        except LbzooError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"the {self.kind} '{point.name}', {_origin(point)}, cannot be loaded from {point.value}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _entry_of_added(self, name: str) -> Entry:
         added = self._added[name]
@@ -177,7 +191,7 @@ class Registry:
             wrapper.source,
             f"{wrapper.first_line.rstrip('.')} (around {base_name}).",
             {**inherited, **wrapper.meta},
-            {**self.options(base_name), **self.wrappers.options(prefix)},
+            None if base.options is None else {**base.options, **self.wrappers.options(prefix)},
         )
 
     def _holder(self, name: str) -> str | None:
@@ -208,6 +222,10 @@ class Registry:
                 raise UsageError(f"entry point {point.value}: the {self.kind} name '{point.name}' is taken by {holder}")
             points[point.name] = point
         return points
+
+
+def _origin(point: importlib.metadata.EntryPoint) -> str:
+    return f"entry point of {point.dist.name}" if point.dist else "entry point"
 
 
 def _wrap(

@@ -149,6 +149,54 @@ def test_the_same_file_may_register_again_but_no_other(things):
         things.add("plain", first)
 
 
+POINTS = {"far": ":far", "lost": ":lost", "gone": ".no:x"}
+
+
+@pytest.fixture
+def points(things: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A registry in whose group an installed package has two entry points, of which one leads nowhere."""
+    package = tmp_path / "package_for_this_test"
+    package.mkdir()
+    (package / "__init__.py").write_text("def far(target, *, depth: int = 1): return ['far', target, depth]\n")
+    facts = tmp_path / "package_for_this_test-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: package-for-this-test\nVersion: 1.0\n")
+    lines = [
+        "far = package_for_this_test:far",
+        "lost = package_for_this_test:lost",
+        "gone = package_for_this_test.no:x",
+    ]
+    (facts / "entry_points.txt").write_text("\n".join(["[lbzoo.things]", *lines, ""]))
+    monkeypatch.delitem(sys.modules, "package_for_this_test", raising=False)
+    return things
+
+
+def test_entry_points_are_listed_and_wrapped_without_being_imported(points):
+    assert {"far", "lost", "gone", "warm_far", "warm_gone"} <= set(points.names())
+    for name in ("far", "warm_far", "gone", "warm_gone"):
+        assert points.entry(name).options is None
+    assert points.entry("far").source == "entry point of package-for-this-test"
+    assert "package_for_this_test" not in sys.modules
+    assert list(points.options("warm_far")) == ["depth", "thickness", "colour"]
+    assert points.get("warm_far")("x", depth=2, thickness=3.0).inner == ["far", "x", 2]
+
+
+@pytest.mark.parametrize(("name", "fault"), [("lost", "AttributeError"), ("gone", "ModuleNotFoundError")])
+def test_an_entry_point_that_leads_nowhere_is_named_with_its_package(points, name, fault):
+    words = f"the thing '{name}', entry point of package-for-this-test, cannot be loaded from package_for.*{fault}"
+    for call in (points.get, points.options, points.meta):
+        with pytest.raises(UsageError, match=words):
+            call(name)
+    assert points.get("far")("x") == ["far", "x", 1]
+
+
+def test_an_entry_point_with_a_name_of_ours_is_an_error(points, tmp_path):
+    path = tmp_path / "package_for_this_test-1.0.dist-info" / "entry_points.txt"
+    path.write_text(path.read_text() + "plain = package_for_this_test:far\n")
+    with pytest.raises(UsageError, match=r"entry point package_for_this_test:far: the thing name 'plain' is taken by"):
+        points.names()
+
+
 class Parent:
     def __init__(self, params, needed, lr: float = 0.1, momentum: float = 0.0): ...
 

@@ -58,7 +58,7 @@ def _components(kind: Kind, pattern: str) -> list[dict[str, Any]]:
     entries = []
     for name in found.names(pattern):
         entry = found.entry(name)
-        summary = entry.first_line.replace("``", "`")
+        summary = entry.first_line.replace("``", "`") or entry.source  # of an entry point nothing else is known
         described: dict[str, Any] = {"name": name, "summary": summary}
         if kind is Kind.optimizers:
             described["paper"] = entry.meta.get("paper", "")

@@ -27,6 +27,7 @@ from lbzoo.optim.layerwise import (
     refuse_flat_buffers,
     refuse_last_group,
     refuse_sparse_gradient,
+    trust_ratio,
 )
 from lbzoo.optim.rules import Rule, collect_reports, param_name, run_batches
 from lbzoo.optim.state import load_with_precision
@@ -114,7 +115,10 @@ class OptimizerWrapper(Optimizer):
                 owner.grad = kept_grad
 
     def _with_stats_of_base(self, own: LayerStats, before: dict[Tensor, Tensor]) -> LayerStats:
-        """Where the base has statistics, its own (but the norm of the gradient as it came); else what it did."""
+        """Where the base has statistics, its own (but the norm of the gradient as it came); else what it did.
+
+        Its direction is then the step over the learning rate.
+        """
         if not own.names:
             return own
         if hasattr(self.base, "layer_stats"):
@@ -124,12 +128,15 @@ class OptimizerWrapper(Optimizer):
         def change(batch: Batch) -> Rule:
             after = [local(owner) for owner in batch.owners]
             step_norms = yield from norms_of_change([before.get(owner, owner) for owner in batch.owners], after)
-            return {"step_norm": step_norms}
+            return {"step_norm": step_norms, "lr": torch.ones_like(step_norms) * batch.lr}
 
-        moved = collect_reports(run_batches(self._batches(), change), self.param_groups)
-        ratios = moved.values["step_norm"] / own.values["param_norm"]
-        still = own.values["param_norm"] == 0
-        return LayerStats(own.names, {**own.values, "update_ratio": torch.where(still, 0.0, ratios)})
+        moved = collect_reports(run_batches(self._batches(), change), self.param_groups).values
+        norms, step_norms = own.values["param_norm"], moved["step_norm"]
+        measured = {
+            "trust_ratio": trust_ratio(moved["lr"] * norms, step_norms),
+            "update_ratio": torch.where(norms == 0, 0.0, step_norms / norms),
+        }
+        return LayerStats(own.names, {**measured, **own.values})
 
     def _copies(self) -> dict[Tensor, Tensor]:
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]

@@ -108,6 +108,8 @@ def test_entry_point_of_a_package(tmp_path):
         tmp_path, "-c", "import lbzoo, sys; print('mine' in lbzoo.list_optimizers(), 'torch' in sys.modules)"
     )
     assert listed.split() == ["True", "False"]
+    shown = python(tmp_path, "-m", "lbzoo", "ls", "optimizers")
+    assert re.search(r"^mine +entry point of mypackage", shown, re.MULTILINE)
     program = "import lbzoo, torch; print(type(lbzoo.create_optimizer(torch.nn.Linear(2, 2), 'mine', lr=0.5)).__name__)"
     assert python(tmp_path, "-c", program).strip() == "Mine"
 

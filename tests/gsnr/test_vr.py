@@ -278,6 +278,25 @@ def test_layer_statistics_hold_the_gsnr() -> None:
     assert {"trust_ratio", "update_ratio", "param_norm", "grad_norm"} <= reported.values.keys()
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_has_the_statistics_that_monitors_show(base: str) -> None:
+    """Where the base publishes none: |x| / |u| with u the step over the learning rate, as monitors measure it."""
+    model = Parameters(torch.float64)
+    optimizer, _ = vr(model, f"vr_{base}", param_rules=[{"match": "all.0", "lr_scale": 0.5}], lr=0.02)
+    train(model, optimizer, range(2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.track_layer_stats = True
+    train(model, optimizer, [2])
+    stats = optimizer.layer_stats()
+    assert {"trust_ratio", "update_ratio", "param_norm", "grad_norm", "gsnr"} <= stats.values.keys()
+    for row, name in enumerate(stats.names):
+        size, step = before[name].norm(), (model.get_parameter(name) - before[name]).norm()
+        lr = 0.01 if name == "all.0" else 0.02
+        assert stats.values["update_ratio"][row].item() == pytest.approx((step / size).item(), rel=1e-3)
+        if not lbzoo.get_optimizer_info(base).layerwise:
+            assert stats.values["trust_ratio"][row].item() == pytest.approx((lr * size / step).item(), rel=1e-3)
+
+
 def test_schedulers_and_frozen_parameters() -> None:
     model = Parameters()
     model.all[1].requires_grad_(False)
