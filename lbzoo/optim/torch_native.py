@@ -5,20 +5,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from lbzoo.optim.checks import check_group
 from lbzoo.optim.info import register_optimizer
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
+T = TypeVar("T", bound=torch.optim.Optimizer)
+
+
+def _checked(optimizer: T) -> T:
+    """The optimizer; raises UsageError for values that torch lets pass, such as a learning rate that is NaN."""
+    for index, group in enumerate(optimizer.param_groups):
+        check_group(group, f"{type(optimizer).__name__}, parameter group {index}")
+    return optimizer
+
 
 @register_optimizer("sgd", lr_scaling="linear", state_per_param=0)
 def sgd(params: ParamsT, *, lr: float = 1e-3, weight_decay: float = 0.0, fused: bool | None = None) -> torch.optim.SGD:
     """Stochastic gradient descent without momentum."""
-    return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay, fused=fused)
+    return _checked(torch.optim.SGD(params, lr=lr, weight_decay=weight_decay, fused=fused))
 
 
 @register_optimizer("momentum", lr_scaling="linear", state_per_param=1)
@@ -32,8 +42,8 @@ def momentum(
     fused: bool | None = None,
 ) -> torch.optim.SGD:
     """SGD with heavy-ball momentum, the learning rate outside the buffer."""
-    return torch.optim.SGD(
-        params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, fused=fused
+    return _checked(
+        torch.optim.SGD(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, fused=fused)
     )
 
 
@@ -47,7 +57,9 @@ def nesterov(
     fused: bool | None = None,
 ) -> torch.optim.SGD:
     """SGD with Nesterov momentum."""
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True, fused=fused)
+    return _checked(
+        torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True, fused=fused)
+    )
 
 
 @register_optimizer("adagrad", lr_scaling="sqrt", state_per_param=1)
@@ -62,14 +74,16 @@ def adagrad(
     fused: bool | None = None,
 ) -> torch.optim.Adagrad:
     """AdaGrad."""
-    return torch.optim.Adagrad(
-        params,
-        lr=lr,
-        lr_decay=lr_decay,
-        weight_decay=weight_decay,
-        initial_accumulator_value=initial_accumulator_value,
-        eps=eps,
-        fused=fused,
+    return _checked(
+        torch.optim.Adagrad(
+            params,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+            fused=fused,
+        )
     )
 
 
@@ -85,8 +99,8 @@ def adam(
     fused: bool | None = None,
 ) -> torch.optim.Adam:
     """Adam; its weight decay is an L2 term in the gradient."""
-    return torch.optim.Adam(
-        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    return _checked(
+        torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused)
     )
 
 
@@ -102,8 +116,8 @@ def adamw(
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
     """Adam with decoupled weight decay."""
-    return torch.optim.AdamW(
-        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused
+    return _checked(
+        torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, fused=fused)
     )
 
 
@@ -119,12 +133,14 @@ def nadam(
     decoupled_weight_decay: bool = False,
 ) -> torch.optim.NAdam:
     """Adam with Nesterov momentum."""
-    return torch.optim.NAdam(
-        params,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        momentum_decay=momentum_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
+    return _checked(
+        torch.optim.NAdam(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum_decay=momentum_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
     )

@@ -344,6 +344,17 @@ def test_options_out_of_range_are_refused_by_name(name, option):
             create_optimizer(groups, name)
 
 
+@pytest.mark.parametrize("name", list_optimizers("larc_*"))
+def test_nan_is_refused_by_torchs_optimizers_too(name):
+    name = name.removeprefix("larc_")
+    for option in {"lr", "eps", "weight_decay", "momentum", "betas"} & registry.optimizers.options(name).keys():
+        value = (0.9, math.nan) if option == "betas" else math.nan
+        with pytest.raises(
+            UsageError, match="[Bb]eta" if option == "betas" else option.replace("lr", "lr|learning rate")
+        ):
+            create_optimizer(make_params(), name, **{option: value})
+
+
 def test_the_coefficient_of_larc_is_checked():
     for value in BAD["trust_coefficient"]:
         with pytest.raises(UsageError, match="trust_coefficient must be"):

@@ -48,10 +48,10 @@ TIMM_LARS = {"momentum": 0.9, "always_adapt": True, "trust_coeff": 0.02, "eps": 
         ("lamb", {"adapt": False}, "torch:AdamW", {"eps": 1e-6, "weight_decay": 0.01}, 2e-7),
         (
             "lars",
-            {"lr": 0.5, "weight_decay": 0.02, "trust_coefficient": 0.02, "lr_in_momentum": False},
+            {"weight_decay": 0.02, "trust_coefficient": 0.02, "lr_in_momentum": False},
             "timm:lars",
-            {"lr": 0.5, "weight_decay": 0.02, **TIMM_LARS},
-            1e-7,
+            {"weight_decay": 0.02, **TIMM_LARS},
+            2e-8,
         ),
         (
             "lars",
