@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lbzoo.checkpoint import load_weights, resolve_checkpoint
 from lbzoo.engines import RunResult, fit, validate
+from lbzoo.engines.run_callbacks import MicroBatchSeeds
 from lbzoo.recipe import build_task, load_recipe
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -37,6 +39,25 @@ def fit_here(recipe: Path, overrides: list[str], runs: Path, **options: Any) -> 
     """``fit`` on the ranks of the process group that is there; in this process where there is none."""
     with as_if_launched():
         return fit(recipe, overrides, runs=runs, **options)
+
+
+def fit_until_signal(recipe: Path, overrides: list[str], runs: Path, step: int) -> RunResult:
+    """``fit_here`` in which the last rank alone gets a SIGTERM during the given optimizer step."""
+    original = MicroBatchSeeds.on_train_batch_start
+
+    def hook(callback: Any, trainer: Any, *rest: Any) -> None:
+        original(callback, trainer, *rest)
+        if trainer.global_step == step - 1 and trainer.global_rank == trainer.world_size - 1:
+            if not stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            stopped.append(True)
+
+    stopped: list[bool] = []
+    MicroBatchSeeds.on_train_batch_start = hook  # type: ignore[method-assign]
+    try:
+        return fit_here(recipe, overrides, runs)
+    finally:
+        MicroBatchSeeds.on_train_batch_start = original  # type: ignore[method-assign]
 
 
 def validate_here(run: Path, overrides: list[str]) -> dict[str, float]:
