@@ -29,15 +29,16 @@ def row_layer(file: TableFile, row: PaperRow) -> dict[str, Any]:
     layer: dict[str, Any] = {}
     for changes in (file.set, *(rule.set for rule in rules_of(file, row))):
         _merge(layer, changes)
-    for path, value in _placed(file, row):
-        _put(layer, path, value)
+    targets = _targets(file, row)
+    for column, target in targets.items():
+        for path, value in _placed(row, column, target):
+            _put(layer, path, value)
     layer["table"] = {"id": row.table, "row": dict(row.key)}
     expected = dict(_expected(file, row))
     if expected:
         layer["expect"] = expected
-    mini = _mini(file.mini, row)
-    if mini:
-        _merge(layer, {"mini": mini})
+    for path, value in _mini(file.mini, row, targets["batch_size"]):
+        _put(layer, f"mini.{path}", value)
     return layer
 
 
@@ -52,30 +53,38 @@ def logged_metric(file: TableFile, name: str) -> str | None:
     return file.metrics.get(name, _LOGGED.get(name))
 
 
-def _placed(file: TableFile, row: PaperRow) -> Iterator[tuple[str, Any]]:
-    """(key of the recipe, value) for each column of the row that goes anywhere."""
-    for column, target in {**_PLACES, **file.columns}.items():
-        value = row.settings.get(column)
-        if column == "lr":
-            value = row.settings.get("lr_recommended", value)  # where the printed one is wrong
-        if value is None or (column in _PLACES and isinstance(value, str)):
-            continue
-        if column == "optimizer":
-            value = str(value).replace("-", "_")
-        yield from _at_targets(row, column, target, value)
+def _targets(file: TableFile, row: PaperRow) -> dict[str, Target]:
+    """Where each column of the row goes."""
+    targets = {**_PLACES, **file.columns}
+    for rule in rules_of(file, row):
+        targets |= rule.columns
+    return targets
+
+
+def _placed(row: PaperRow, column: str, target: Target) -> Iterator[tuple[str, Any]]:
+    """(key of the recipe, value) for a column, if it goes anywhere."""
+    value = row.settings.get(column)
+    if column == "lr":
+        value = row.settings.get("lr_recommended", value)  # where the printed one is wrong
+    if value is None or (column in _PLACES and isinstance(value, str)):
+        return
+    if column == "warmup_steps" and "warmup_ratio" in row.settings:
+        return  # the same length, in steps that need not be whole
+    if column == "optimizer":
+        value = str(value).replace("-", "_")
+    yield from _at_targets(row, column, target, value)
 
 
 def _at_targets(row: PaperRow, column: str, target: Target, value: Any) -> Iterator[tuple[str, Any]]:
+    if target is None:
+        return
     if isinstance(target, dict):
         parts = value if isinstance(value, Mapping) else dict.fromkeys(target, value)
-        for part, path in target.items():
-            if part in parts:
-                yield path, parts[part]
+        yield from ((path, parts[part]) for part, path in target.items() if part in parts)
     elif isinstance(value, Mapping):
         raise UsageError(f"{row.table} row {row.number}: {column} has parts, and its file one place for it")
-    elif target is not None:
-        for path in [target] if isinstance(target, str) else target:
-            yield path, value
+    else:
+        yield from ((path, value) for path in ([target] if isinstance(target, str) else target))
 
 
 def _expected(file: TableFile, row: PaperRow) -> Iterator[tuple[str, float]]:
@@ -86,23 +95,24 @@ def _expected(file: TableFile, row: PaperRow) -> Iterator[tuple[str, float]]:
             yield name, reported.value / reported.metric.of_a_fraction
 
 
-def _mini(sizes: MiniSizes, row: PaperRow) -> dict[str, Any]:
-    mini: dict[str, Any] = {}
-    batch, epochs = row.settings.get("batch_size"), row.settings.get("epochs")
-    if sizes.batch_divisor is not None and isinstance(batch, int):
+def _mini(sizes: MiniSizes, row: PaperRow, target: Target) -> Iterator[tuple[str, Any]]:
+    """(key, value) of the mini block: the batch sizes of the row, or of its phases, divided."""
+    for path, batch in _placed(row, "batch_size", target) if sizes.batch_divisor is not None else ():
+        assert sizes.batch_divisor is not None
         small, rest = divmod(batch, sizes.batch_divisor)
         if rest:
             raise UsageError(
                 f"{row.table} row {row.number}: {sizes.batch_divisor} does not divide the batch of {batch}"
             )
-        mini["data"] = {"global_batch_size": small}
+        yield path, small
+        micro = path.replace("global_batch_size", "micro_batch_size")
         if sizes.micro_batches is not None:
-            mini["data"]["micro_batch_size"] = max(small // sizes.micro_batches, 1)
+            yield micro, max(small // sizes.micro_batches, 1)
         elif sizes.micro_batch_size is not None:
-            mini["data"]["micro_batch_size"] = min(small, sizes.micro_batch_size)
+            yield micro, min(small, sizes.micro_batch_size)
+    epochs = row.settings.get("epochs")
     if sizes.epochs_divisor is not None and isinstance(epochs, int | float):
-        mini["epochs"] = epochs / sizes.epochs_divisor
-    return mini
+        yield "epochs", epochs / sizes.epochs_divisor
 
 
 def _put(layer: dict[str, Any], path: str, value: Any) -> None:

@@ -61,6 +61,8 @@ class RowRule(Block):
     """The recipe of these rows."""
     set: dict[str, Any] = {}
     """Changes to the recipe, in its own keys; the row's columns come over them."""
+    columns: dict[str, Target] = {}
+    """Where columns of these rows go, over the file's own ``columns``."""
     needs: Needs = Needs()
     absent: str | None = None
     """What the zoo has not, and does not mean to have, so that these rows cannot be run."""
@@ -130,9 +132,10 @@ def _check(file: TableFile, node: Node) -> Iterator[Problem]:
                 yield Problem(_at(node, key, index), f"no such {key[:-1]} in the papers{did_you_mean(each, known)}")
     rows = [row for table in file.tables if table in table_ids() for row in paper_table(table).rows]
     columns = sorted({"table"} | {column for row in rows for column in row.settings})
-    for column in file.columns:
-        if column not in columns:
-            yield Problem(_at(node, "columns", column), f"no such column{did_you_mean(column, columns)}")
+    for where, named in ((), file.columns), *((("rows", i), rule.columns) for i, rule in enumerate(file.rows)):
+        for column in named:
+            if column not in columns:
+                yield Problem(_at(node, *where, "columns", column), f"no such column{did_you_mean(column, columns)}")
     if (sizes := file.mini).micro_batch_size is not None and sizes.micro_batches is not None:
         yield Problem(_at(node, "mini"), "give micro_batch_size or micro_batches, not both")
     for index, rule in enumerate(file.rows):

@@ -15,7 +15,9 @@ from lbzoo.tables.paper_tables import paper_table, table_ids
 from lbzoo.tables.row_recipes import RowRecipe, Unavailable, missing_parts, recipe_of
 from lbzoo.tables.table_files import Needs, table_files
 
-IMAGENET = 1_281_167
+SAMPLES = {"imagenet-2012": 1_281_167, "cifar10": 50_000, "mnist": 60_000}
+# VRGD quotes LANS at sizes that the LANS paper has not (contradiction vrgd/c2); what is run is what LANS reports.
+CORRECTED = {("vrgd/1", "lans"): {"batch_size": {"phase1": 98304, "phase2": 33792}, "steps": 4301}}
 OPTIMIZERS = {"sgd": {"momentum", "lars"}}  # NovoGrad's SGD has momentum, and You et al.'s is LARS
 RECIPES = {table_id: [recipe_of(row) for row in paper_table(table_id).rows] for table_id in table_ids()}
 BUILT = [table_id for table_id, rows in RECIPES.items() if any(isinstance(row, RowRecipe) for row in rows)]
@@ -28,6 +30,7 @@ def test_the_recipe_has_the_values_of_the_row(table_id: str) -> None:
     for recipe, printed in zip(RECIPES[table_id], table["rows"], strict=True):
         if isinstance(recipe, RowRecipe):
             row = {**best_run(printed), **table["fixed"], **printed}
+            row |= {"samples": SAMPLES.get(table["dataset"]), **CORRECTED.get((table_id, row["optimizer"]), {})}
             where = f"{table_id} row {recipe.row.number}"
             stages = recipe.load().stages
             if len(stages) == 1:
@@ -51,22 +54,23 @@ def assert_same(stage: Stage, row: dict[str, Any], where: str) -> None:
     assert lr is None or options["lr"] == pytest.approx(lr, rel=1e-11), where
     if row.get("weight_decay") is not None:
         assert options["weight_decay"] == row["weight_decay"], where
-    assert stage.task.options.get("l2_regularization", 0.0) == row.get("l2_regularization", 0.0), where
+    if "l2_regularization" in row:
+        assert stage.task.options.get("l2_regularization", 0.0) == row["l2_regularization"], where
     if isinstance(row.get("epochs"), int):
         assert stage.epochs == row["epochs"], where
-        assert stage.steps == -(-row["epochs"] * IMAGENET // row["batch_size"]), where
+        assert stage.steps == -(-row["epochs"] * row["samples"] // row["batch_size"]), where
     if "steps" in row:
         assert stage.steps == row["steps"], where
     if "warmup_epochs" in row:
         assert stage.schedule.warmup_epochs == pytest.approx(row["warmup_epochs"]), where
-        steps = row["warmup_epochs"] * IMAGENET / row["batch_size"]
+        steps = row["warmup_epochs"] * row["samples"] / row["batch_size"]
         assert schedule.warmup_steps == pytest.approx(steps, abs=0.5), where
     elif "warmup_steps" in row:
         assert schedule.warmup_steps == row["warmup_steps"], where
     elif row.get("warmup") == "none" or row.get("lr_scheme") == "none":
         assert schedule.warmup_steps == 0, where
     if "decay_epochs" in row:
-        boundaries = [round(epoch * IMAGENET / row["batch_size"]) for epoch in row["decay_epochs"]]
+        boundaries = [round(epoch * row["samples"] / row["batch_size"]) for epoch in row["decay_epochs"]]
         for boundary in boundaries:
             assert schedule(boundary + 1) == pytest.approx(row["decay_factor"] * schedule(boundary)), where
 
@@ -94,11 +98,12 @@ def test_sound_at_every_scale_and_of_its_own_row(table_id: str) -> None:
         printed = [
             each.value / (1 if each.metric.unit == "fraction" else 100)
             for each in recipe.row.reported
-            if each.value is not None
+            if each.value is not None and each.metric.name != "time_minutes"
         ]
         assert list(paper.expect.values()) == pytest.approx(printed)
         assert mini.table is None, "mini is no row of the paper's"
-        assert not paper.notes, f"{table_id} row {recipe.row.number}: {paper.notes}"
+        if "optimizer" not in table_files()[table_id].columns:  # one recipe for them all drops what they do not take
+            assert not paper.notes, f"{table_id} row {recipe.row.number}: {paper.notes}"
 
 
 def test_rows_of_a_grid_stay_apart_at_scale_mini() -> None:

@@ -93,6 +93,11 @@ def test_a_divisor_that_does_not_divide(tmp_path: Path) -> None:
 @pytest.mark.parametrize("table_id", [each for each in table_ids() if table_files()[each].mini.batch_divisor])
 def test_mini_batch_sizes_keep_the_paper_s_ratios(table_id: str) -> None:
     file = table_files()[table_id]
-    rows = [row for row in paper_table(table_id).rows if isinstance(row.settings.get("batch_size"), int)]
-    ratios = {row.settings["batch_size"] / row_layer(file, row)["mini"]["data"]["global_batch_size"] for row in rows}
+    ratios: set[float] = set()
+    for row in paper_table(table_id).rows:
+        layer = row_layer(file, row)
+        mini = layer.get("mini", {})
+        pairs = [(layer, mini), *((layer["stages"][name], stage) for name, stage in mini.get("stages", {}).items())]
+        sizes = [tuple(block.get("data", {}).get("global_batch_size") for block in pair) for pair in pairs]
+        ratios |= {paper / small for paper, small in sizes if paper is not None and small is not None}
     assert len(ratios) == 1
