@@ -163,10 +163,10 @@ class AccelerateMachine:
             # Not the wrapper's step, which in every call looks through the file system for a package.
             self._optimizer.optimizer.step(closure_and_hooks)
             return
-        loss = closure()
+        loss, bare = closure(), self._optimizer.optimizer
         # torch's fused optimizers unscale in their step.
-        if loss is not None and not getattr(self._optimizer.optimizer, "_step_supports_amp_scaling", False):
-            self._accelerator.unscale_gradients(self._optimizer)
+        if loss is not None and not getattr(bare, "_step_supports_amp_scaling", False):
+            self.scaler.unscale_(bare)
         with_gradients()
         if loss is not None:
             self._optimizer.step()  # the scaler leaves it out where a gradient has overflown

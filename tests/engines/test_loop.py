@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from distributed import on_ranks
 from fit_jobs import fit_here, saved_weights
+from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lbzoo.engines import RunResult, fit
+from lbzoo.engines import RunResult, fit, lightning, trainer_setup
+from lbzoo.engines.accelerate import AccelerateMachine
 from lbzoo.engines.loop_trainer import NotInThisEngine
 from lbzoo.engines.metrics_file import read_metrics
 from lbzoo.errors import LbzooError, UsageError
@@ -63,6 +66,11 @@ def test_every_hook_in_lightning_s_order(tmp_path: Path) -> None:
     assert names == {*hook_tasks.OF_BOTH, *hook_tasks.OF_MODULE}
 
 
+def test_the_documentation_lists_every_hook() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    assert not [name for name in (*hook_tasks.OF_BOTH, *hook_tasks.OF_MODULE) if f"`{name}`" not in page]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_what_a_module_logs(tmp_path: Path, precision: str) -> None:
     """In training and validation, per step and per epoch, tensors and torchmetrics, from module and callback."""
@@ -112,6 +120,48 @@ def test_micro_batches_without_a_loss(tmp_path: Path) -> None:
     assert lines(found) == lines(expected)
     theirs, ours = saved_weights(expected.run_dir), saved_weights(found.run_dir)
     assert not [name for name in theirs if not torch.equal(theirs[name], ours[name])]
+
+
+class Scaler(torch.amp.GradScaler):
+    """A loss scaler for the CPU that overflows at first, and says what it did."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=2.0**24, growth_interval=2)
+        self.scales: list[float] = []
+
+    def update(self, new_scale: Any = None) -> None:
+        super().update(new_scale)
+        self.scales.append(self.get_scale())
+
+
+def test_steps_whose_gradients_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 with loss scaling, which the engines only have on GPUs: an update is left out, its step counts."""
+    scalers = {engine: Scaler() for engine in ENGINES}
+
+    def hardware(*args: Any) -> dict[str, Any]:
+        given = trainer_setup.hardware(*args)
+        half = MixedPrecision("16-mixed", "cpu", scalers["lightning"])
+        return {**given, "precision": None, "plugins": [*given["plugins"], half]}
+
+    monkeypatch.setattr(lightning, "hardware", hardware)
+    monkeypatch.setattr(AccelerateMachine, "_context", lambda self: torch.autocast("cpu", torch.float16))
+    make = AccelerateMachine.__init__
+
+    def with_scaler(self: AccelerateMachine, accelerator: Any, *rest: Any) -> None:
+        accelerator.scaler = scalers["accelerate"]
+        make(self, accelerator, *rest)
+
+    monkeypatch.setattr(AccelerateMachine, "__init__", with_scaler)
+    words = ("", "", "trainer.gradient_clip_norm=0.5", "steps=12", "logging.every=1")
+    expected, found = (run(tmp_path, engine, *words) for engine in ENGINES)
+    scales = scalers["accelerate"].scales
+    assert scales == scalers["lightning"].scales
+    assert scales[0] == 2.0**23, "the first step overflowed"
+    assert any(later > earlier for earlier, later in pairwise(scales)), "and later ones did not"
+    assert str(lines(found)) == str(lines(expected)), "NaN where a gradient is"
+    theirs, ours = saved_weights(expected.run_dir), saved_weights(found.run_dir)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
