@@ -9,15 +9,15 @@ from lbzoo.errors import LbzooError
 from lbzoo.recipe.arithmetic import BatchSum, Shards, batch_sum, lr_arithmetic, shards, steps_arithmetic
 from lbzoo.recipe.build import build_data, build_schedule
 from lbzoo.recipe.dry_run import dry_run
-from lbzoo.recipe.resolved import ResolvedRecipe, Stage
+from lbzoo.recipe.resolved import Component, ResolvedRecipe, Stage
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """One full copy of the model and of its optimizer's state; sharding divides the bytes.
 
-    ``optimizer_bytes`` is None where the optimizer cannot say. ``statistics_bytes``: the sums of squared gradients, 0
-    where neither the optimizer nor a callback needs them. ``average_bytes``: of ``trainer.ema``, 0 without it.
+    ``optimizer_bytes`` is None where the optimizer cannot say. ``statistics_bytes``: the sums of squared gradients,
+    and of pooled ones, 0 where neither the optimizer nor a callback needs them. ``average_bytes``: of ``trainer.ema``, 0 without it.
     """
 
     parameters: int
@@ -121,7 +121,7 @@ def model_size(recipe: ResolvedRecipe, stage: Stage) -> tuple[ModelSize | None, 
     except (LbzooError, ImportError, NotImplementedError, RuntimeError) as error:
         return None, str(error)
     sizes = (built.parameters, built.tensors, built.weight_bytes, built.optimizer_bytes)
-    statistics = 4 * built.parameters if collects_gradient_stats(recipe, stage) else 0
+    statistics = 4 * built.parameters * _floats_of_gradient_stats(recipe, stage)
     average = _average_bytes(recipe, built.parameters)
     return ModelSize(*sizes, statistics_bytes=statistics, average_bytes=average, warnings=built.warnings), ""
 
@@ -133,10 +133,23 @@ def _average_bytes(recipe: ResolvedRecipe, parameters: int) -> int:
     return (8 if recipe.trainer.precision == "64-true" else 4) * parameters
 
 
+def _floats_of_gradient_stats(recipe: ResolvedRecipe, stage: Stage) -> int:
+    """A parameter element: its squares, and a sum where micro-batches are pooled into fewer gradients."""
+    if not collects_gradient_stats(recipe, stage):
+        return 0
+    pooled = [callback.options["groups"] for callback in _collecting(recipe) if callback.options.get("groups")]
+    micro_batches = stage.global_batch_size / stage.micro_batch_size
+    return 2 if any(groups < micro_batches for groups in pooled) else 1
+
+
 def collects_gradient_stats(recipe: ResolvedRecipe, stage: Stage) -> bool:
     """Whether a callback or the optimizer looks at the single gradients of a step."""
     from lbzoo.optim import get_optimizer_info
 
-    names = [callback.name for callback in recipe.callbacks if callback.name in registry.callbacks]
-    collecting = [name for name in names if registry.callbacks.entry(name).meta.get("needs_gradient_stats")]
-    return bool(collecting) or get_optimizer_info(stage.optimizer.name).needs_gradient_stats
+    return bool(_collecting(recipe)) or get_optimizer_info(stage.optimizer.name).needs_gradient_stats
+
+
+def _collecting(recipe: ResolvedRecipe) -> list[Component]:
+    """The callbacks that look at the single gradients."""
+    known = [callback for callback in recipe.callbacks if callback.name in registry.callbacks]
+    return [each for each in known if registry.callbacks.entry(each.name).meta.get("needs_gradient_stats")]

@@ -107,10 +107,12 @@ def test_one_micro_batch_a_step_is_refused_in_words(recipe: Path, tmp_path: Path
         (["optimizer.name=vr_momentum"], 1, 1),
         (["optimizer.name=lamb"], 2, 1),
         (["optimizer.name=lamb", "callbacks=[]"], 2, 0),
+        (["callbacks=[{name: gsnr, groups: 4}]"], 3, 2),
+        (["callbacks=[{name: gsnr, groups: 8}]"], 3, 1),
     ],
 )
 def test_the_plan_counts_the_squares(recipe: Path, overrides: list[str], state: int, statistics: int) -> None:
-    """In floats a parameter: the ratios' average is state of the optimizer, the squares are not."""
+    """In floats a parameter: the ratios' average is state of the optimizer, the squares and pooled sums are not."""
     resolved = load_recipe(recipe, overrides)
     model = plan_stage(resolved, resolved.stages[0]).model
     assert model is not None
