@@ -62,6 +62,15 @@ def test_started_by_lbzoo(recipe: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(result.run_dir / "metrics.jsonl")] == list(range(1, 9))
 
 
+@pytest.mark.parametrize("engine", ["lightning", "accelerate"])
+def test_one_process_is_sharded_too(recipe: Path, run: Path, tmp_path: Path, engine: str) -> None:
+    """In a process group of its own, which ends with the run."""
+    result = fit_here(recipe, [f"trainer.engine={engine}"], tmp_path)
+    assert (result.state, result.step) == ("finished", 8)
+    assert_close(result.run_dir, run, 1e-6)
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("engine", ["lightning", "accelerate"])
 def test_stopped_by_a_signal_to_one_rank(recipe: Path, run: Path, tmp_path: Path, engine: str) -> None:
