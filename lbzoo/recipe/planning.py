@@ -17,7 +17,8 @@ class ModelSize:
     """One full copy of the model and of its optimizer's state; sharding divides the bytes.
 
     ``optimizer_bytes`` is None where the optimizer cannot say. ``statistics_bytes``: the sums of squared gradients,
-    and of pooled ones, 0 where neither the optimizer nor a callback needs them. ``average_bytes``: of ``trainer.ema``, 0 without it.
+    and of pooled ones, 0 where neither the optimizer nor a callback needs them. ``average_bytes``: of
+    ``trainer.ema``, 0 without it.
     """
 
     parameters: int
