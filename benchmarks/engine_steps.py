@@ -98,9 +98,11 @@ def bare_loop(recipe: ResolvedRecipe) -> Iterator[None]:
         num_workers=0,
     )
     for index, batch in enumerate(loader):
-        (task.training_step(batch, index) / accumulate).backward()
+        loss = task.training_step(batch, index) / accumulate
+        if index % accumulate == 0:
+            optimizer.zero_grad()  # here, as in the engines: where memory is freed has its price as well
+        loss.backward()
         if (index + 1) % accumulate == 0:
             optimizer.step()
-            optimizer.zero_grad()
             schedule.step()
             yield

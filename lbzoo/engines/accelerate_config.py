@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 
 from lbzoo.errors import UsageError
 from lbzoo.recipe.schema import TrainerSettings
@@ -37,10 +38,15 @@ def wants_cpu(variables: Mapping[str, str]) -> bool:
 
 
 def check_accelerate(settings: TrainerSettings, *, on_gpu: bool, variables: Mapping[str, str] = os.environ) -> None:
-    """Raise UsageError with every point in which accelerate's configuration contradicts the recipe.
+    """Raise UsageError with every point in which accelerate's configuration contradicts the recipe, or if the recipe
+    wants it and it is not installed.
 
     The number of processes is :func:`lbzoo.engines.launch.find_world`'s to compare.
     """
+    if settings.engine == "accelerate" and find_spec("accelerate") is None:
+        raise UsageError(
+            "trainer.engine: no accelerate here: pip install 'lbzoo[accelerate]', or use lightning"
+        )
     if not is_accelerate_launch(variables):
         return
     conflicts = [

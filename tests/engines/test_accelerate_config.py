@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lbzoo.engines import accelerate_config
 from lbzoo.engines.accelerate_config import check_accelerate
 from lbzoo.errors import UsageError
 from lbzoo.recipe.schema import TrainerSettings
@@ -103,6 +104,13 @@ def test_all_contradictions_at_once() -> None:
 
 def test_on_a_cpu_accelerate_cannot_say_fsdp() -> None:
     check_accelerate(TrainerSettings(strategy="fsdp"), on_gpu=False, variables=PLAIN)
+
+
+def test_accelerate_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate_config, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'lbzoo\[accelerate\]', or use lightning"):
+        check_accelerate(TrainerSettings(engine="accelerate"), on_gpu=False, variables={})
+    check_accelerate(TrainerSettings(), on_gpu=False, variables={})
 
 
 def accelerate_launch(folder: Path, *overrides: str, precision: str = "'no'", processes: int = 1) -> tuple[int, str]:
