@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from lbzoo.data.base import DataFacts, DataSource, SampleKey
 from lbzoo.data.image_folder import ImageFiles, ImageTree
+from lbzoo.data.locations import data_folder, unusable
 from lbzoo.data.rng import stable_rng
-from lbzoo.errors import DataError, UsageError
+from lbzoo.data.unreadable import Unreadable
+from lbzoo.errors import UsageError
 from lbzoo.registry import register_data
 
 if TYPE_CHECKING:
@@ -25,14 +24,10 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.uint8]
 
-log = logging.getLogger(__name__)
-
 NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
 ROOT_VARIABLE = "LBZOO_IMAGENET"
 # Sets these random numbers apart from the sampler's, whose keys are shorter.
 _AUGMENTATION = 1
-# So many unreadable files in a row are no accident.
-_MAX_SKIPPED_IN_A_ROW = 100
 
 
 def collate_images(samples: Sequence[tuple[Pixels, int]]) -> tuple[Tensor, Tensor]:
@@ -55,7 +50,8 @@ class ImageNet(DataSource):
     the shorter side to ``resize_size`` and takes a random square (resize, then random crop, in the NovoGrad paper's
     words). Validation does the latter with the square in the middle.
 
-    An image that cannot be read is an error, or, with ``skip_corrupt``, a warning: the next one takes its place.
+    The next image takes the place of one that cannot be read, with a warning; the callback ``unreadable_images`` names
+    them in a file. More than the part ``max_unreadable`` of the images of a split is an error, and with 0 each one is.
     """
 
     collate = staticmethod(collate_images)
@@ -70,16 +66,18 @@ class ImageNet(DataSource):
         crop_area: tuple[float, float] = (0.08, 1.0),
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         num_classes: int = 1000,
-        skip_corrupt: bool = False,
+        max_unreadable: float = 0.01,
     ) -> None:
         if not 1 <= image_size <= resize_size:
             raise UsageError(f"data imagenet: image_size {image_size} must lie between 1 and resize_size {resize_size}")
         smallest, largest = crop_area
         if not 0 < smallest <= largest <= 1:
             raise UsageError(f"data imagenet: crop_area is two parts of the image, the smaller first, got {crop_area}")
+        if not 0 <= max_unreadable < 1:
+            raise UsageError(f"data imagenet: max_unreadable is a part of the images, in [0, 1), got {max_unreadable}")
         self.root = root
         self.num_classes = num_classes
-        self.skip_corrupt = skip_corrupt
+        self.max_unreadable = max_unreadable
         self.preprocessing = Preprocessing(image_size, resize_size, train_crop, (smallest, largest), interpolation)
         self._counts: tuple[int, int] = (NUM_TRAIN, NUM_VAL)
 
@@ -93,25 +91,25 @@ class ImageNet(DataSource):
         if not problems and len(tree.train.classes) > self.num_classes:
             problems = [f"train: {len(tree.train.classes)} classes, but data.num_classes is {self.num_classes}"]
         if problems:
-            raise DataError(
-                "\n  ".join([f"the images in {tree.root} cannot be used:", *problems]) + f"\n{_HOW_TO_GET_IT}"
-            )
+            raise unusable(f"the images in {tree.root}", problems, _HOW_TO_GET_IT)
         self._counts = len(tree.train), len(tree.val)
 
     def train_dataset(self, *, seed: int = 0) -> TrainImages:
-        return TrainImages(self._tree.train, self.preprocessing, skip_corrupt=self.skip_corrupt, seed=seed)
+        return TrainImages(self._tree.train, self.preprocessing, self._faults, seed=seed)
 
     def val_dataset(self) -> ValImages:
-        return ValImages(self._tree.val, self.preprocessing, skip_corrupt=self.skip_corrupt)
+        return ValImages(self._tree.val, self.preprocessing, self._faults[1])
 
     @cached_property
     def _tree(self) -> ImageTree:
-        root = self.root or os.environ.get(ROOT_VARIABLE)
-        if not root:
-            raise DataError(
-                f"there is no folder of images: neither data.root nor {ROOT_VARIABLE} is set\n{_HOW_TO_GET_IT}"
-            )
-        return ImageTree(Path(root).expanduser())
+        return ImageTree(data_folder(self.root, ROOT_VARIABLE, _HOW_TO_GET_IT))
+
+    @cached_property
+    def _faults(self) -> tuple[Unreadable, Unreadable]:
+        """Of training and validation."""
+        tree = self._tree
+        train, val = (Unreadable(len(files), self.max_unreadable, files.path) for files in (tree.train, tree.val))
+        return train, val
 
 
 _HOW_TO_GET_IT = f"""\
@@ -156,54 +154,43 @@ class Preprocessing:
         return Image.Resampling[self.interpolation.upper()]
 
 
-class _Images:
-    """The images of a split. ``skipped`` counts unreadable ones, over all loader processes."""
+class TrainImages:
+    """Training images by SampleKey; what is random in them is a function of (seed, index, epoch).
 
-    def __init__(self, files: ImageFiles, preprocessing: Preprocessing, *, skip_corrupt: bool) -> None:
-        self.files = files
-        self.preprocessing = preprocessing
-        self.skipped = multiprocessing.Value("q", 0) if skip_corrupt else None
+    ``faults``: the unreadable images of all splits, training first.
+    """
+
+    def __init__(
+        self, files: ImageFiles, preprocessing: Preprocessing, faults: tuple[Unreadable, ...], *, seed: int
+    ) -> None:
+        self.files, self.preprocessing, self.seed = files, preprocessing, seed
+        self.faults = faults
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        """The image, and its index: that of the next readable one where this one is not and may be skipped."""
-        for candidate in range(index, index + _MAX_SKIPPED_IN_A_ROW):
-            path = self.files.path(candidate % len(self))
-            try:
-                return _decode(path), candidate % len(self)
-            except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to say that a file is broken
-                reason = str(error).replace(f" '{path}'", "")
-            if self.skipped is None:
-                raise DataError(
-                    f"cannot read the image {path}: {reason}; replace the file, or set data.skip_corrupt=true to take "
-                    "the next image in its place"
-                )
-            with self.skipped.get_lock():
-                self.skipped.value += 1
-                log.warning("skipped unreadable image number %d, %s: %s", self.skipped.value, path, reason)
-        raise DataError(f"{_MAX_SKIPPED_IN_A_ROW} images in a row cannot be read, the last is {path}: {reason}")
-
-
-class TrainImages(_Images):
-    """Training images by SampleKey; what is random in them is a function of (seed, index, epoch)."""
-
-    def __init__(self, files: ImageFiles, preprocessing: Preprocessing, *, skip_corrupt: bool, seed: int) -> None:
-        super().__init__(files, preprocessing, skip_corrupt=skip_corrupt)
-        self.seed = seed
-
     def __getitem__(self, key: SampleKey) -> tuple[Pixels, int]:
-        image, index = self._read(key.index)
+        image, index = self.faults[0].read(key.index, _decode)
         rng = stable_rng(self.seed, index, key.epoch, _AUGMENTATION)
         return self.preprocessing.for_training(image, rng), int(self.files.labels[index])
 
+    def unaugmented(self) -> ValImages:
+        """The same images by int, prepared as those of validation."""
+        return ValImages(self.files, self.preprocessing, self.faults[0])
 
-class ValImages(_Images):
-    """Validation images by index."""
+
+class ValImages:
+    """Images by index, without augmentation."""
+
+    def __init__(self, files: ImageFiles, preprocessing: Preprocessing, unreadable: Unreadable) -> None:
+        self.files, self.preprocessing = files, preprocessing
+        self.faults = (unreadable,)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
-        image, index = self._read(index)
+        image, index = self.faults[0].read(index, _decode)
         return self.preprocessing.for_validation(image), int(self.files.labels[index])
 
 

@@ -50,6 +50,7 @@ def train_loader(
 ) -> Loader:
     """This rank's micro-batches of the optimizer steps ``start_step`` to ``steps``, counted from 0."""
     samples = source.train_dataset(seed=seed)
+    _share_faults(samples, world_size)
     sampler = StreamSampler(
         num_samples=len(samples),
         global_batch_size=global_batch_size,
@@ -75,8 +76,15 @@ def val_loader(
 ) -> Loader:
     """This rank's part of the validation set; all ranks together see every sample once, in as many batches each."""
     samples = source.val_dataset()
+    _share_faults(samples, world_size)
     sampler = EvalSampler(num_samples=len(samples), micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
     return _loader(source, samples, sampler, num_workers, pin_memory)
+
+
+def _share_faults(samples: Samples, world_size: int) -> None:
+    """Tell files that may be unreadable how many ranks look for them, each among its own."""
+    for unreadable in getattr(samples, "faults", ()):
+        unreadable.ranks = world_size
 
 
 def default_workers(source: DataSource) -> int:
@@ -89,7 +97,7 @@ def default_workers(source: DataSource) -> int:
 
 def _leave_signals_to_the_run(_worker: int) -> None:
     """A Ctrl-C or SIGTERM reaches the whole process group, and the run needs its loaders until it has saved."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU):
         signal.signal(signum, signal.SIG_IGN)
 
 

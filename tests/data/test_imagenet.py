@@ -212,7 +212,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("broken", [truncate, Path.unlink, lambda path: path.write_bytes(b"not an image")])
 def test_an_image_that_cannot_be_read(tree: Path, broken) -> None:
-    samples = ImageNet(root=str(tree)).train_dataset()
+    samples = ImageNet(root=str(tree), max_unreadable=0.0).train_dataset()
     path = samples.files.path(4)
     broken(path)
     with pytest.raises(DataError) as caught:
@@ -220,12 +220,12 @@ def test_an_image_that_cannot_be_read(tree: Path, broken) -> None:
     message = str(caught.value)
     assert message.startswith(f"cannot read the image {path}: ")
     assert message.count(str(path)) == 1
-    assert "replace the file, or set data.skip_corrupt=true" in message
+    assert "replace the file, or allow some to be replaced by the next image: data.max_unreadable=0.01" in message
     samples[SampleKey(3, 0)]
 
 
-def test_skipped_images_are_counted_and_replaced_by_the_next(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
-    samples = ImageNet(root=str(tree), skip_corrupt=True).train_dataset()
+def test_unreadable_images_are_replaced_by_the_next(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = ImageNet(root=str(tree), max_unreadable=0.5).train_dataset()
     for index in (4, 5, 14):  # the last of a class, the first of the next; the last of all
         truncate(samples.files.path(index))
     with caplog.at_level(logging.WARNING):
@@ -233,19 +233,25 @@ def test_skipped_images_are_counted_and_replaced_by_the_next(tree: Path, caplog:
     expected, expected_label = samples[SampleKey(6, 7)]
     assert np.array_equal(pixels, expected)
     assert label == expected_label == 1
-    assert samples.skipped.value == 2
     assert str(samples.files.path(5)) in caplog.text
     assert np.array_equal(samples[SampleKey(14, 0)][0], samples[SampleKey(0, 0)][0])
-    assert samples.skipped.value == 3
+    training, validation = samples.faults
+    assert training.indices() == [4, 5, 14]
+    assert (len(training), len(validation)) == (3, 0)
 
 
-def test_no_image_can_be_read(tree: Path) -> None:
-    source = ImageNet(root=str(tree), skip_corrupt=True)
-    samples = source.val_dataset()
-    for index in range(len(samples)):
-        truncate(samples.files.path(index))
-    with pytest.raises(DataError, match="100 images in a row cannot be read"):
-        samples[0]
+def test_unaugmented_training_images_are_prepared_as_those_of_validation(tree: Path) -> None:
+    source = ImageNet(root=str(tree), image_size=48, resize_size=64, max_unreadable=0.5)
+    samples = source.train_dataset()
+    plain = samples.unaugmented()
+    peer = ImageFolder(str(tree / "train"), transforms.Compose([transforms.Resize(64), transforms.CenterCrop(48)]))
+    assert len(plain) == len(samples)
+    for index in (0, 7):
+        assert np.array_equal(plain[index][0], np.asarray(peer[index][0]))
+        assert plain[index][1] == peer[index][1]
+    truncate(samples.files.path(3))
+    plain[3]
+    assert samples.faults[0].indices() == [3]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +260,7 @@ def test_no_image_can_be_read(tree: Path) -> None:
         ({"image_size": 300}, "image_size 300 must lie between 1 and resize_size 256"),
         ({"crop_area": (0.5, 0.1)}, "the smaller first"),
         ({"crop_area": (0.0, 1.0)}, "crop_area"),
+        ({"max_unreadable": 1.0}, "max_unreadable is a part of the images"),
     ],
 )
 def test_impossible_options(options: dict[str, object], message: str) -> None:

@@ -74,16 +74,15 @@ def test_an_error_arrives_as_it_was_raised(images: ImageNet, num_workers: int) -
         list(train_loader(images, **SIZES, steps=9, seed=3, num_workers=num_workers))
     assert str(caught.value).startswith(f"cannot read the image {path}: ")
     assert "Traceback" not in str(caught.value)
-    assert str(caught.value).endswith("take the next image in its place")
+    assert str(caught.value).endswith("the files are damaged, or not where they seem to be")
 
 
-def test_skipped_images_of_all_processes_are_counted(images: ImageNet) -> None:
-    broken = ImageNet(root=images.root, image_size=32, resize_size=40, skip_corrupt=True)
-    path = broken.train_dataset().files.path(7)
-    path.write_bytes(path.read_bytes()[:1000])
-    loader = train_loader(broken, global_batch_size=6, micro_batch_size=2, steps=6, seed=3, num_workers=2)
-    assert len(list(loader)) == 18
-    assert loader.dataset.skipped.value == 2  # 36 samples are two epochs of the 18
+def test_loaders_say_how_many_ranks_share_the_unreadable_images(images: ImageNet) -> None:
+    loaders = (
+        train_loader(images, **SIZES, steps=1, seed=3, rank=1, world_size=2, num_workers=0),
+        val_loader(images, micro_batch_size=2, rank=1, world_size=2, num_workers=0),
+    )
+    assert [faults.ranks for loader in loaders for faults in loader.dataset.faults] == [2, 2, 2]
 
 
 def test_the_global_generator_is_the_models(images: ImageNet) -> None:
