@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ class RowRecipe:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.stem}{suffix}.yaml"
         head = f"# {self.row.table} row {self.row.number} ({self.row.label}): {self.name} with the row's values\n"
-        path.write_text(head + to_yaml(row_document(self.path, self.layer)), encoding="utf-8")
+        beside = path.with_suffix(f".{os.getpid()}.tmp")  # the ranks of a launcher all write it, and read it at once
+        beside.write_text(head + to_yaml(row_document(self.path, self.layer)), encoding="utf-8")
+        beside.replace(path)
         return path
 
 

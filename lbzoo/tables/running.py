@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -77,6 +78,7 @@ def run_rows(
     others are checked. ``repeats``: runs of each row, with seeds that count up from the recipe's. ``overrides`` are
     for what does not change the training, such as ``trainer.devices`` and ``data.root``; others raise UsageError.
     """
+    _refuse_ranks()
     runner = _Runner(scale, runs, overrides, again, say, fit or _engine_fit())
     rows = list(rows)
     for position, row in enumerate(rows, 1):
@@ -90,6 +92,15 @@ def run_rows(
         if runner.tally.interrupted:
             break
     return runner.tally
+
+
+def _refuse_ranks() -> None:
+    """Several processes that each run the table would write over one another."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UsageError(
+            "this is one of several processes of a launcher; each would run the table. On one machine start it once: "
+            "it starts the processes of a row itself. On several, train a row: torchrun ... -m lbzoo fit lamb/5 --row 2"
+        )
 
 
 def shape_of(recipe: ResolvedRecipe) -> Any:

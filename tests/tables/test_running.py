@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import FakeFit, lines_of
 
-from lbzoo.errors import DataError, LbzooError
+from lbzoo.errors import DataError, LbzooError, UsageError
 from lbzoo.tables.paper_tables import paper_table, select_rows, table_ids
 from lbzoo.tables.results import Record, ResultsFile
 from lbzoo.tables.row_recipes import RowRecipe, recipe_of
@@ -128,6 +128,12 @@ def test_overrides_may_not_change_what_is_trained(tmp_path: Path, fit: FakeFit) 
     assert "changes what is trained" in said[0]
     assert "lbzoo fit lamb/5 --row 1 optimizer.lr=1" in said[0]
     assert run("lamb/5", tmp_path, fit, "2", overrides=["trainer.devices=2", "logging.every=3"])[0].ran == 1
+
+
+def test_a_launcher_s_processes_are_refused(tmp_path: Path, fit: FakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="each would run the table"):
+        run("lamb/5", tmp_path, fit, "1")
 
 
 def test_repeats_are_seeds_and_the_mean_is_shown(tmp_path: Path, fit: FakeFit) -> None:
