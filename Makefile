@@ -14,6 +14,7 @@ help:
 	@echo "make demo      set up if need be, then train the headline recipe on embedded data (about a minute)"
 	@echo "make test      set up if need be, then run the tests (make test-all: the slow ones too)"
 	@echo "make smoke-tables    two optimizer steps of every kind of recipe in the papers' tables (minutes)"
+	@echo "make test-kill kill a run 20 times: what it trains is what it would have trained"
 	@echo "make setup     create $(VENV) and install everything; does nothing the second time"
 	@echo "make lint      ruff and mypy        make format   let ruff rewrite"
 	@echo "make wheel     build dist/*.whl     make bench    benchmarks into benchmarks/results"
@@ -50,6 +51,10 @@ test-all: setup
 smoke-tables: setup
 	rm -rf build/smoke-tables
 	$(TEST_THREADS) $(BIN)/lbzoo table --run --scale smoke --runs build/smoke-tables
+
+# One small run on each engine, killed 20 times at random: nothing is lost and nothing done twice.
+test-kill: setup
+	LBZOO_KILLS=20 $(TEST_THREADS) $(BIN)/python -m pytest -q --timeout 3000 tests/engines/test_kill.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,6 +54,18 @@ class History:
             self.steps.append(step)
             self._columns.append([values.get(name, math.nan) for name in self.names])
         self._added += 1
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and a tensor, from which :meth:`load_state` goes on."""
+        columns = torch.tensor(self._columns, dtype=torch.float64)
+        counts = {"stride": self._stride, "added": self._added, "drawn": self._drawn}
+        return {"names": list(self.names), "steps": list(self.steps), "columns": columns, **counts}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing is taken over from a history of other layers."""
+        if state["names"] == self.names:
+            self.steps, self._columns = list(state["steps"]), state["columns"].tolist()
+            self._stride, self._added, self._drawn = state["stride"], state["added"], state["drawn"]
 
     def has_grown(self) -> bool:
         """Whether half as much again has been added since it was last drawn."""

@@ -12,8 +12,10 @@ What is logged, by tag:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 
 from lbzoo.callbacks.gradient_stats import StatisticsCallback
 from lbzoo.callbacks.log_values import log_layers
@@ -40,6 +42,19 @@ class NoiseScale(StatisticsCallback):
         self.every, self.observe_every, self.layers = at_least_one(every), at_least_one(observe_every), tuple(layers)
         self._stats: GradientStats | None = None
         self._batch = 0
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"noise": self._shared.stats.noise_state()} if self._shared is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict.get("noise")
+
+    def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._restored is not None and self._shared is not None:
+            self._shared.stats.load_noise_state(self._restored)
+            self._restored = None
 
     def is_needed(self, step: int) -> bool:
         return step % self.observe_every == 0 or is_logged(step, self.every)

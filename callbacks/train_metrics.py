@@ -42,7 +42,8 @@ class TrainMetrics(Callback):
 
     def __init__(self, *, every: int = 50) -> None:
         self.every = at_least_one(every)
-        self._restored_samples: int | None = None
+        self._restored: dict[str, Any] | None = None
+        self._device = torch.device("cpu")
         self._begin()
 
     def _begin(self) -> None:
@@ -58,7 +59,11 @@ class TrainMetrics(Callback):
 
     def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         self._begin()
-        self._samples, self._restored_samples = self._restored_samples, None
+        self._device = pl_module.device
+        if (restored := self._restored) is not None:
+            self._restored, self._samples = None, restored.get("samples")
+            if trainer.is_global_zero and "loss" in restored:
+                self._loss.load_state(restored["loss"], self._device)
         self._steps_before = steps_done_in_stage(trainer)
 
     def on_before_optimizer_step(self, trainer: TrainerView, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -104,10 +109,11 @@ class TrainMetrics(Callback):
         log_scalars(trainer, scalars, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self._samples}
+        """Collective: the losses since the last logged step are those of all ranks."""
+        return {"samples": self._samples, "loss": self._loss.state(self._device)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored_samples = state_dict.get("samples")
+        self._restored = state_dict
 
 
 def _mean_over_ranks(losses: tuple[Tensor, int] | None, world_size: int, device: torch.device) -> float | None:

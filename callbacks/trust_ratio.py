@@ -66,6 +66,7 @@ class TrustRatio(Callback):
     ) -> None:
         self.every, self.layers, self.values = at_least_one(every), tuple(layers), tuple(values)
         self.histogram, self.heatmap = histogram, heatmap
+        self._restored: dict[str, Any] | None = None
         self._begin([])
 
     def _begin(self, layers: list[Layer]) -> None:
@@ -79,6 +80,15 @@ class TrustRatio(Callback):
         layers = trained_layers([unwrap(optimizer) for optimizer in trainer.optimizers], pl_module)
         chosen = select([layer.name for layer in layers], self.layers, what="layer")
         self._begin([layers[index] for index in chosen])
+        if self._restored is not None:
+            self._history.load_state(self._restored)
+            self._restored = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self._history.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict["history"]
 
     def on_before_optimizer_step(self, trainer: TrainerView, pl_module: LightningModule, optimizer: Optimizer) -> None:
         bare = unwrap(optimizer)

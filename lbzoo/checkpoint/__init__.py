@@ -6,15 +6,17 @@ final name and renamed, so a directory under its final name is always whole.
 """
 
 from lbzoo.checkpoint.folder import CheckpointFolder, read_state, resolve_checkpoint, validates_averages
-from lbzoo.checkpoint.format import load_callbacks, load_checkpoint, load_weights
-from lbzoo.checkpoint.saving import BackgroundSaver, content_of, save_checkpoint, write
+from lbzoo.checkpoint.format import load_callbacks, load_checkpoint, load_optimizer, load_weights
+from lbzoo.checkpoint.saving import BackgroundSaver, Content, content_of, save_checkpoint, write
 
 __all__ = [
     "BackgroundSaver",
     "CheckpointFolder",
+    "Content",
     "content_of",
     "load_callbacks",
     "load_checkpoint",
+    "load_optimizer",
     "load_weights",
     "read_state",
     "resolve_checkpoint",

@@ -47,6 +47,26 @@ def load_checkpoint(
     return state
 
 
+def load_optimizer(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer's state alone, in place; its options stay those that it has now.
+
+    Raises CheckpointError where it is of other parameters or of another optimizer.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    from lbzoo.checkpoint.reading import load_into
+
+    _read_supported(path)
+    target: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer))
+    entries = {f"{name}.{key}": value for name, entry in target["state"].items() for key, value in entry.items()}
+    own = {name: tuple(getattr(value, "shape", ())) for name, value in entries.items()}
+    _require_same(path, own, _stored(path, "optimizer.state."), what="the state of another optimizer or model")
+    state: dict[str, Any] = {"optimizer": {"state": target["state"]}}
+    with quiet():
+        load_into(state, path)
+    set_optimizer_state_dict(module, optimizer, {**target, "state": state["optimizer"]["state"]})
+
+
 def load_callbacks(path: Path) -> dict[str, Any]:
     """The states of the callbacks by name; {} where none had any."""
     file = path / CALLBACKS_FILE
@@ -147,14 +167,19 @@ def _check_same_keys(path: Path, own: Mapping[str, Mapping[str, Any]], prefix: s
         )
 
 
-def _require_same(path: Path, own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
+def _require_same(
+    path: Path,
+    own: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, tuple[int, ...]],
+    what: str = "another model",
+) -> None:
     problems = [f"'{n}' is missing{did_you_mean(n, stored, limit=0)}" for n in _first(own.keys() - stored.keys())]
     problems += [f"'{n}' is not in this model" for n in _first(stored.keys() - own.keys())]
     differing = [n for n in own.keys() & stored.keys() if own[n] != stored[n]]
     problems += [f"'{n}' is {list(stored[n])}, this model's is {list(own[n])}" for n in _first(differing)]
     if problems:
         count = len(own.keys() ^ stored.keys()) + len(differing)
-        raise CheckpointError(f"{path} is of another model: {count} entries differ: " + "; ".join(problems))
+        raise CheckpointError(f"{path} is of {what}: {count} entries differ: " + "; ".join(problems))
 
 
 def _first(names: Iterable[str], count: int = 3) -> list[str]:

@@ -100,7 +100,7 @@ class BackgroundSaver:
     there. Those passes change buffers, which are copied at once; weights and optimizer state change in the optimizer's
     step, before which :meth:`wait_until_copied` has to be called. The memory of the copies is kept for the next ones.
 
-    ``group``: of the threads of all ranks, a CPU back-end of their own; None for a single process.
+    ``group``: of the threads of all ranks, a CPU back-end that nobody else uses; None for a single process.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -143,10 +143,13 @@ class BackgroundSaver:
             raise error
 
     def close(self) -> None:
-        """Wait, whatever became of it, and let go of the memory."""
+        """Wait, whatever became of it, and let go of the memory and the group."""
         with suppress(CheckpointError):
             self.wait()
         self._stager.close()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _run(self, path: Path, content: Content, then: Callable[[], None], ready: torch.cuda.Event | None) -> None:
         try:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from lbzoo.checkpoint import BackgroundSaver
 from lbzoo.engines.launch import World
 from lbzoo.errors import LbzooError, UsageError
 
 T = TypeVar("T")
 
+# gloo's words; NCCL's errors have a class.
+_LOST = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "imed out", "gloo/transport")
+
 
 @contextmanager
-def process_group(world: World, *, also_alone: bool = False) -> Iterator[None]:
+def process_group(world: World, *, also_alone: bool = False, timeout: float = 1800) -> Iterator[None]:
     """Join the process group and leave it in the end; one that is there already is used, and stays.
 
     A world of one has none unless ``also_alone``: FSDP2 needs a group even so. GPUs get a CPU back-end beside NCCL:
-    flags and file names travel without touching the device.
+    flags and file names travel without touching the device. ``timeout``: seconds that a rank waits for another.
     """
     from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -35,7 +40,7 @@ def process_group(world: World, *, also_alone: bool = False) -> Iterator[None]:
         return
     if world.launched_by == "slurm":
         _set_variables_from_slurm(world)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if world.world_size == 1:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if world.accelerator == "cuda":
@@ -63,6 +68,22 @@ def _check_group(world: World) -> None:
             f"this process is rank {rank} of {size} in torch.distributed, but rank {world.rank} of {world.world_size} "
             "by the recipe and its launcher's variables (RANK, WORLD_SIZE): set trainer.devices and these alike"
         )
+
+
+def background_saver() -> BackgroundSaver:
+    """One whose threads speak to each other in a group of their own, on the CPU. Collective."""
+    return BackgroundSaver(dist.new_group(backend="gloo") if dist.is_initialized() else None)
+
+
+def lost_rank(error: BaseException, timeout: float) -> LbzooError | None:
+    """The error of a rank that waited for another which had ended, or did not answer; None for any other."""
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or any(mark in text for mark in _LOST)):
+        return None
+    return LbzooError(
+        f"another rank has ended, or did not answer within trainer.timeout ({timeout:g} s); the cause is what that one "
+        f"says. Go on from the last checkpoint with --resume auto ({text.strip().splitlines()[0][:200]})"
+    )
 
 
 def on_rank_zero(function: Callable[[], T]) -> T:

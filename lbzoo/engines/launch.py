@@ -20,10 +20,9 @@ from typing import Literal
 from lbzoo.engines.accelerate_config import asked_for_several, is_accelerate_launch, wants_cpu
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.errors import UsageError
-from lbzoo.recipe.schema import TrainerSettings
+from lbzoo.recipe.schema import RequeueSignal, TrainerSettings
 
 RUN_FOLDER_VARIABLE = "LBZOO_RUN_FOLDER"  # set by launch_workers for the processes it starts
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 Launcher = Literal["torchrun", "slurm", "accelerate"]
 
@@ -114,15 +113,18 @@ def check_trainer(settings: TrainerSettings, world: World) -> None:
         raise UsageError(f"trainer.fsdp.shard_size: {size} {why}; use {choices} leave it out to shard over all devices")
 
 
-def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> int:
+def launch_workers(
+    world: World, arguments: Sequence[str], run: RunFolder, requeue_signal: RequeueSignal = "SIGUSR1"
+) -> int:
     """Start ``world.devices`` processes of ``python -m lbzoo ARGUMENTS`` on this node and wait; returns the exit code.
 
     torchrun's own exit status turns every code into 1, so the code comes from what the ranks wrote. The agent runs in
     a session of its own: a Ctrl-C of the terminal reaches this process alone, which passes it on once.
     """
+    forwarded = stop_signals(requeue_signal)
     command = [
         sys.executable, "-m", "lbzoo.engines.agent", "--standalone", f"--nproc-per-node={world.devices}",
-        f"--signals_to_handle={','.join(signum.name for signum in FORWARDED_SIGNALS)}", "-m", "lbzoo", *arguments,
+        f"--signals_to_handle={','.join(signum.name for signum in forwarded)}", "-m", "lbzoo", *arguments,
     ]  # fmt: skip
     variables = {**os.environ, RUN_FOLDER_VARIABLE: str(run.path)}
     # torchrun passes a signal on to the workers, waits this long, and kills: a large checkpoint needs its time.
@@ -137,7 +139,7 @@ def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> in
         if agent.poll() is None:
             agent.send_signal(signum)
 
-    previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
+    previous = {signum: signal.signal(signum, forward) for signum in forwarded}
     try:
         agent_code = agent.wait()
     finally:
@@ -146,6 +148,11 @@ def launch_workers(world: World, arguments: Sequence[str], run: RunFolder) -> in
         if agent.poll() is None:
             agent.kill()  # the workers are told by the kernel (die_with_parent)
     return _exit_code(run, agent_code)
+
+
+def stop_signals(requeue_signal: RequeueSignal) -> tuple[signal.Signals, ...]:
+    """Those that a run saves for and leaves."""
+    return signal.SIGINT, signal.SIGTERM, signal.Signals[requeue_signal]
 
 
 def die_with_parent(signum: int) -> None:

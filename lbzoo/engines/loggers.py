@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.distributed as dist
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
+from lbzoo.engines.event_files import drop_events_after
+from lbzoo.engines.log_fault import LogFault
 from lbzoo.engines.metrics_file import MetricsFile
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.errors import UsageError
@@ -22,6 +28,8 @@ def build_loggers(
     describe_step: Callable[[int], Mapping[str, Any]],
 ) -> list[Logger]:
     """``metrics.jsonl`` always, and the recipe's. After a resume each step stands once in every log."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _cut_back(run, resume_step)
     loggers: list[Logger] = [MetricsFile(run.metrics_file, resume_step, describe_step)]
     for name in recipe.logging.loggers:
         loggers.append(_build(name, recipe, run, resume_step))
@@ -30,6 +38,22 @@ def build_loggers(
         for logger in loggers:
             logger.log_hyperparams(values)
     return loggers
+
+
+class _TensorBoard(TensorBoardLogger):
+    """One that outlives a full disk."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        is_new = self._experiment is None
+        writer: SummaryWriter = super().experiment
+        if is_new:
+            fault = LogFault(self.log_dir)
+            events = writer._get_file_writer().event_writer
+            for name in ("add_event", "flush", "close"):
+                setattr(events, name, fault.forgiving(getattr(events, name)))
+        return writer
 
 
 def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -43,11 +67,21 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _cut_back(run: RunFolder, step: int) -> None:
+    """Drop what an earlier start has logged after ``step``; ``metrics.jsonl`` sees to itself."""
+    drop_events_after(run.tensorboard, step)
+    for file in run.path.glob("csv/from_step_*/metrics.csv"):
+        with file.open(encoding="utf-8", newline="") as lines:
+            head, *rows = [*csv.reader(lines)] or [[]]
+        kept = [row for row in rows if int(row[head.index("step")]) <= step]
+        if len(kept) < len(rows):
+            with file.open("w", encoding="utf-8", newline="") as lines:
+                csv.writer(lines).writerows([head, *kept])
+
+
 def _build(name: str, recipe: ResolvedRecipe, run: RunFolder, resume_step: int) -> Logger:
     if name == "tensorboard":
-        # Events after resume_step are of the run that was cut off: TensorBoard drops them.
-        purge: dict[str, Any] = {"purge_step": resume_step + 1} if resume_step else {}
-        return TensorBoardLogger(str(run.path), name="tensorboard", version="", default_hp_metric=False, **purge)
+        return _TensorBoard(str(run.path), name="tensorboard", version="", default_hp_metric=False)
     if name == "csv":
         # A CSVLogger empties a folder that it finds filled.
         return CSVLogger(str(run.path), name="csv", version=f"from_step_{resume_step}")

@@ -13,9 +13,13 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
+from lbzoo.engines.log_fault import LogFault
+
 
 class MetricsFile(Logger):
     """Appends to ``path``; everything logged at one step becomes one line. ``time`` counts seconds over all starts.
+
+    A line that cannot be written (a full disk) is lost, with a warning.
 
     Args:
         path: the file. Lines after ``resume_step`` are dropped first: a resumed run writes them again.
@@ -30,9 +34,11 @@ class MetricsFile(Logger):
         self._path = path
         self._resume_step = resume_step
         self._describe_step = describe_step
+        self._fault = LogFault(str(path))
         self._line: dict[str, Any] = {}  # of the step that is being logged
         self._offset: int | None = None  # in the file, where that line begins; None before the first value
-        self._started = time.time()
+        self._end = 0  # where it ends, as it was written last
+        self._started = time.monotonic()  # the clock on the wall may be set in between
 
     @property
     def save_dir(self) -> str:
@@ -55,13 +61,14 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add scalars to the line of ``step``."""
         if self._offset is None:
-            self._line, self._offset, seconds = _reopen(self._path, self._resume_step)
+            self._line, self._offset, self._end, seconds = _reopen(self._path, self._resume_step)
             self._started -= seconds
         step = step if step is not None else int(self._line.get("step", 0))
         if step != self._line.get("step"):
             self.save()
-            self._offset = self._path.stat().st_size if self._path.exists() else 0
-            self._line = {"step": step, **self._describe_step(step), "time": round(time.time() - self._started, 3)}
+            self._offset = self._end
+            seconds = round(time.monotonic() - self._started, 3)
+            self._line = {"step": step, **self._describe_step(step), "time": seconds}
         # Lightning adds an "epoch" of its own, which counts loader passes; ours is in describe_step.
         self._line |= {name: _json_number(float(value)) for name, value in metrics.items() if name != "epoch"}
 
@@ -71,10 +78,12 @@ class MetricsFile(Logger):
         if self._offset is None or not self._line:
             return
         text = (json.dumps(self._line) + "\n").encode()
-        with self._path.open("r+b" if self._path.exists() else "w+b") as file:
+        with self._fault.forgiven(), self._path.open("r+b" if self._path.exists() else "w+b") as file:
             file.seek(self._offset)
             file.write(text)  # over the shorter line of this step: a kill in between loses nothing
             file.truncate()
+            file.flush()
+            self._end = self._offset + len(text)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -93,13 +102,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int, float]:
-    """The line of ``resume_step``, to which more may come, where it begins, and the seconds that the run had taken.
+def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int, int, float]:
+    """The line of ``resume_step``, to which more may come, where it begins and ends, and the seconds the run had taken.
 
     The lines after it are dropped.
     """
     if not path.exists():
-        return {}, 0, 0.0
+        return {}, 0, 0, 0.0
     before = [line for line in read_metrics(path) if line.get("step", 0) < resume_step]
     last = next((line for line in read_metrics(path) if line.get("step") == resume_step), {})
     text = "".join(json.dumps(line) + "\n" for line in before)
@@ -108,7 +117,7 @@ def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int, float]:
     beside.write_text(whole, encoding="utf-8")
     beside.replace(path)
     seconds = float((last or (before[-1] if before else {})).get("time", 0.0))
-    return last, len(text.encode()), seconds
+    return last, len(text.encode()), len(whole.encode()), seconds
 
 
 def _json_number(value: float) -> float | str:

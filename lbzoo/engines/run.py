@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -96,7 +97,7 @@ def fit(
         run = open_run(resolved, resume, Path(runs), say)
         say(f"starting {world.devices} processes")
         arguments = _arguments(recipe, overrides, scale, resume, init_from, runs, allow_plugins)
-        return _result(run, launch_workers(world, arguments, run))
+        return _result(run, launch_workers(world, arguments, run, resolved.checkpoint.requeue_signal))
     return _fit_in_process(resolved, sources, world, resume, weights, Path(runs), say)
 
 
@@ -143,17 +144,20 @@ def _fit_in_process(
     from lbzoo.engines.stages import train
 
     quiet: Say = say if world.rank == 0 else lambda text: None
-    with distributed.process_group(world, also_alone=resolved.trainer.strategy == "fsdp"):
+    settings = resolved.trainer
+    with distributed.process_group(world, also_alone=settings.strategy == "fsdp", timeout=settings.timeout):
         run = RunFolder(distributed.on_rank_zero(lambda: open_run(resolved, resume, runs, quiet).path))
         checkpoint = distributed.on_rank_zero(lambda: resume_point(run) if resume is not None else None)
         state = read_state(checkpoint) if checkpoint else None
+        if state is not None:
+            _say_other_devices(resolved, state, world, quiet)
         start = Start(checkpoint, state, weights)
 
         def find_sizes_and_train() -> Outcome:
             return train(with_found_sizes(resolved, sources, world, run, quiet), sources, world, run, start)
 
         try:
-            outcome = _guarded(run, world, find_sizes_and_train)
+            outcome = _guarded(run, world, settings.timeout, find_sizes_and_train)
         except StopRequested as stop:
             return _result(run, stop.exit_code)
     if world.rank == 0:
@@ -162,15 +166,28 @@ def _fit_in_process(
     return _result(run, 0)
 
 
-def _guarded(run: RunFolder, world: World, train: Callable[[], Outcome]) -> Outcome:
+def _say_other_devices(resolved: ResolvedRecipe, state: Mapping[str, Any], world: World, say: Say) -> None:
+    """A run that goes on on other devices than it was saved on keeps its global batch."""
+    before = int(state.get("world_size", world.world_size))
+    if before == world.world_size:
+        return
+    stage = resolved.stages[int(state["stage_index"])]
+    size, micro, devices = stage.global_batch_size, stage.micro_batch_size, world.world_size
+    say(f"saved on {before} devices, goes on on {devices}: the global batch stays {size:,} = {micro:,} x {devices} "
+        f"devices x {size // (micro * devices):,} accumulated")  # fmt: skip
+
+
+def _guarded(run: RunFolder, world: World, timeout: float, train: Callable[[], Outcome]) -> Outcome:
     """Run the training and write into the run folder how it ended, whatever happens."""
+    from lbzoo.engines.distributed import lost_rank
     from lbzoo.engines.signals import StopRequested
 
     def failed(error: BaseException, exit_code: int, state: Any = "failed") -> None:
-        if world.rank == 0:
-            run.write_status(state, exit_code=exit_code, error=str(error))
-        elif state == "failed":
-            run.write_rank_failure(world.rank, error, exit_code)
+        with suppress(LbzooError):  # a full disk: the error that is on its way says more
+            if world.rank == 0:
+                run.write_status(state, exit_code=exit_code, error=str(error))
+            elif state == "failed":
+                run.write_rank_failure(world.rank, error, exit_code)
 
     try:
         return train()
@@ -184,7 +201,10 @@ def _guarded(run: RunFolder, world: World, train: Callable[[], Outcome]) -> Outc
         failed(error, error.exit_code, "diverged" if isinstance(error, DivergedError) else "failed")
         raise
     except BaseException as error:
-        failed(error, 1)
+        lost = lost_rank(error, timeout)
+        failed(lost or error, 1)
+        if lost is not None:
+            raise lost from error
         raise
 
 

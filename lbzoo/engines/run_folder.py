@@ -11,6 +11,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from typing import Any, Literal
 
 from lbzoo.checkpoint.folder import CheckpointFolder
 from lbzoo.errors import CheckpointError, LbzooError
+
+_status_lock = threading.Lock()
 
 State = Literal["running", "finished", "failed", "diverged", "interrupted"]
 
@@ -57,11 +60,11 @@ class RunFolder:
 
     def write_status(self, state: State, **values: Any) -> None:
         """Replace ``status.json``; values that are not given stay as they were."""
-        status = self.status()
-        now = _now()
-        status = {"started": now, **status, "state": state, "updated": now, "pid": os.getpid(), **values}
-        status.setdefault("host", socket.gethostname())
-        _write_json(self.path / "status.json", status)
+        with _status_lock:  # a checkpoint that is written in the background says so as well
+            now = _now()
+            status = {"started": now, **self.status(), "state": state, "updated": now, "pid": os.getpid(), **values}
+            status.setdefault("host", socket.gethostname())
+            _write_json(self.path / "status.json", status)
 
     def write_environment(self, **values: Any) -> None:
         """Add one entry a start (a resumed run has several) to ``environment.json``."""
@@ -177,5 +180,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    beside.replace(file)
+    try:
+        beside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        raise LbzooError(f"cannot write {file}: {error.strerror}") from error

@@ -15,6 +15,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from lbzoo.engines.launch import stop_signals
+from lbzoo.recipe.schema import RequeueSignal
+
 
 class StopRequested(BaseException):
     """The run was asked to stop and its state is saved. Not an Exception: nothing in between may swallow it."""
@@ -29,19 +32,18 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop; the second one leaves at once, after ``on_second``."""
+    """SIGINT, SIGTERM and the scheduler's signal ask for a stop; the second one leaves at once, after ``on_second``."""
 
-    HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, on_second: Callable[[int], None]) -> None:
+    def __init__(self, on_second: Callable[[int], None], requeue_signal: RequeueSignal = "SIGUSR1") -> None:
         self._on_second = on_second
+        self._handled = stop_signals(requeue_signal)
         self._received = 0
         self._previous: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def install(self) -> None:
         """Take the handlers over; call it after Lightning has set its own."""
-        for signum in self.HANDLED:
+        for signum in self._handled:
             self._previous.setdefault(signum, signal.getsignal(signum))
             signal.signal(signum, self._handle)
 

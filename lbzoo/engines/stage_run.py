@@ -17,6 +17,8 @@ from lbzoo import scaling
 from lbzoo.callbacks.gradient_stats import StatsForOptimizers
 from lbzoo.data.base import DataSource
 from lbzoo.data.loader import Loader, train_loader, val_loader
+from lbzoo.engines import distributed
+from lbzoo.engines.checkpointer import Best, Checkpointer
 from lbzoo.engines.compiled import CompileModel
 from lbzoo.engines.divergence import LogRollbacks, divergence_monitor
 from lbzoo.engines.global_items import GlobalItems, ReadAhead
@@ -24,8 +26,6 @@ from lbzoo.engines.launch import World
 from lbzoo.engines.loggers import build_loggers
 from lbzoo.engines.run_callbacks import (
     AverageStatistics,
-    Best,
-    Checkpointer,
     FreeGatheredWeights,
     MicroBatchSeeds,
     Restore,
@@ -96,9 +96,10 @@ class StageRun:
         self.validate_every = min(wanted, stage.steps)
         state = start.state or {}
         self.validation_owed = bool(state.get("validation_owed"))
-        self.signals = StopSignals(self._leave_at_once)
+        self.signals = StopSignals(self._leave_at_once, recipe.checkpoint.requeue_signal)
         self._average = AverageWeights(recipe.trainer.ema) if recipe.trainer.ema is not None else None
         self._divergence = divergence_monitor(recipe, stage, source, run, world_size=world.world_size)
+        self._stateful = [*([self._divergence] if self._divergence is not None else []), *_recipe_callbacks(recipe)]
         self._checkpointer = self._make_checkpointer(module, state)
         self._items = GlobalItems(self.accumulate, module) if GlobalItems.needed_by(module) else None
         self.callbacks: list[Callback] = [
@@ -108,10 +109,9 @@ class StageRun:
             AverageStatistics(),
             *([CompileModel(recipe.trainer.compile)] if recipe.trainer.compile else []),
             *([self._average] if self._average is not None else []),
-            Restore(start.checkpoint, self.step - stage.first_step, self._average),
-            *([self._divergence] if self._divergence is not None else []),
+            self._restore(start),
+            *self._stateful,
             *([LogRollbacks(rollbacks, every=recipe.logging.every)] if rollbacks else []),
-            *_recipe_callbacks(recipe),
             StatsForOptimizers(micro_batch_size=stage.micro_batch_size),
             self._checkpointer,
         ]
@@ -150,6 +150,17 @@ class StageRun:
             "the forward and backward pass; see `lbzoo optim check`"
         )
 
+    def _restore(self, start: Start) -> Restore:
+        stage = self.stage
+        keeps = stage.keeps_optimizer and stage.index > 0
+        return Restore(
+            start.checkpoint,
+            self.step - stage.first_step,
+            self._average,
+            stateful=self._stateful,
+            optimizer_from=self.run.checkpoints.step_path(stage.first_step) if keeps else None,
+        )
+
     def _make_checkpointer(self, module: Task, state: Mapping[str, Any]) -> Checkpointer:
         best = Best(module.monitor, module.mode)
         if state.get("best", {}).get("monitor") == module.monitor:
@@ -166,6 +177,9 @@ class StageRun:
             metrics=dict(state.get("metrics", {})),
             describe=self._describe,
             signals=self.signals,
+            stateful=self._stateful,
+            in_background=distributed.background_saver() if settings.asynchronous else None,
+            warn=settings.on_error == "warn",
             average=self._average,
             before_save=self._divergence.check_weights if self._divergence is not None else None,
         )

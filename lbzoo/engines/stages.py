@@ -15,10 +15,10 @@ from lbzoo.checkpoint import load_weights, read_state, validates_averages
 from lbzoo.data.base import DataSource
 from lbzoo.engines import distributed
 from lbzoo.engines.activation_checkpointing import checkpoint_activations
+from lbzoo.engines.checkpointer import Best
 from lbzoo.engines.divergence import Rollbacks, scaled
 from lbzoo.engines.launch import World
 from lbzoo.engines.opening import resume_point
-from lbzoo.engines.run_callbacks import Best
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.engines.stage_run import Outcome, StageRun, Start, validation_loader
 from lbzoo.errors import CheckpointError, DivergedError

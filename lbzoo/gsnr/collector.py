@@ -21,7 +21,8 @@ FSDP2 does not shard.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,14 @@ class GradientStats:
         """As ``noise_scale``, for each parameter tensor by itself."""
         self._observe_if_any()
         return self._noise.per_layer()
+
+    def noise_state(self) -> dict[str, Any]:
+        """The averages of the noise scale: plain values and tensors, for a checkpoint."""
+        return self._noise.state()
+
+    def load_noise_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with the averages of an earlier object."""
+        self._noise.load_state(state, next(iter(self._of_parameter)).device)
 
     def generalization_ratio(self) -> float:
         """The one-step generalisation ratio: what a small step of SGD gains on new data, over its gain on this batch.

@@ -11,6 +11,8 @@ step and the large one is all of it, with N samples, and in terms of the summed 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,14 @@ class NoiseAverages:
             # Weights of equal age are equal in both averages, so the ratio needs no correction for the start.
             self._averages[name] = torch.where(is_finite, torch.lerp(estimate, old, self.decay), old)
         self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on with."""
+        return {"steps": self.steps, "averages": dict(self._averages)}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.steps = int(state["steps"])
+        self._averages = {name: average.to(device) for name, average in state["averages"].items()}
 
     def per_layer(self) -> dict[str, float]:
         """tr(S) / |G|^2 in samples; infinite where no signal can be told from the noise, NaN where there is neither."""

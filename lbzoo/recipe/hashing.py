@@ -30,7 +30,7 @@ def training_hash(seed: int, stages: Sequence[Stage], trainer: TrainerSettings) 
 
 def _training_facts(stage: Stage) -> dict[str, Any]:
     data = {option: value for option, value in stage.data.options.items() if option not in _LOCATIONS}
-    return {
+    facts: dict[str, Any] = {
         "task": [stage.task.name, stage.task.options],
         "data": [stage.data.name, data],
         "optimizer": [stage.optimizer.name, stage.optimizer.options, stage.param_rules],
@@ -40,3 +40,4 @@ def _training_facts(stage: Stage) -> dict[str, Any]:
         "steps": stage.steps,
         "num_train": stage.num_train,
     }
+    return {**facts, "keeps_optimizer": True} if stage.keeps_optimizer else facts  # added later, as above

@@ -62,6 +62,7 @@ def refuse_code(merged: Node) -> list[Problem]:
     """Every place where a recipe would have code imported."""
     places = [(item, item.value) for item in _plugin_items(merged)]
     places += [(name, name.value) for name in _component_names(merged) if _is_code(name.value)]
+    places += [(logger, logger.value) for logger in _loggers(merged) if _is_code(logger.value)]
     return [Problem(node.origin, f"'{value}' is code, which --no-plugins refuses") for node, value in places]
 
 
@@ -78,6 +79,12 @@ def _component_names(merged: Node) -> Iterator[Node]:
     components = [component for block in blocks for kind in COMPONENTS if (component := block.get(kind))]
     components += callbacks.value if callbacks is not None and callbacks.is_list else []
     return (name for component in components if (name := component.get("name")))
+
+
+def _loggers(merged: Node) -> list[Node]:
+    logging = merged.get("logging")
+    loggers = logging.get("loggers") if logging is not None and logging.is_mapping else None
+    return list(loggers.value) if loggers is not None and loggers.is_list else []
 
 
 def _is_code(name: object) -> bool:

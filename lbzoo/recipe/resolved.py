@@ -56,6 +56,8 @@ class Stage:
     """Training samples of an epoch."""
     finds_micro_batch_size: bool = False
     """The recipe says ``auto``, and the engine has not yet found the size (``with_micro_batch_sizes``)."""
+    keeps_optimizer: bool = False
+    """Go on with the optimizer's state of the stage before."""
     epochs: float | None = None
     """What the recipe asked for, where it asked for epochs."""
     lr_before_scaling: float | None = None

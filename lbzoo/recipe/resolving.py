@@ -65,7 +65,9 @@ def load_recipe(
         stage = draft.settle(settings.trainer if settings is not None else None)
         problems += draft.problems
         notes += draft.notes
-        stages += [stage] if stage is not None else []
+        if stage is not None:
+            problems += _check_kept_optimizer(stages[-1] if stages else None, stage, node)
+            stages.append(stage)
     if problems or settings is None:
         raise RecipeError(problems)
 
@@ -166,6 +168,19 @@ def _stage_nodes(merged: Node) -> Iterator[tuple[str, Node]]:
     elif stages is None or stages.value is None:
         shared = {key: node for key, node in merged.value.items() if key in STAGE_KEYS}
         yield SINGLE_STAGE, Node({"name": Node(SINGLE_STAGE, merged.origin), **shared}, merged.origin).copy()
+
+
+def _check_kept_optimizer(earlier: Stage | None, stage: Stage, node: Node) -> list[Problem]:
+    """State that is kept has to be of the same optimizer. The first stage has none to keep."""
+    if earlier is None or not stage.keeps_optimizer or earlier.optimizer.name == stage.optimizer.name:
+        return []
+    optimizer = node.get("optimizer")
+    reset = optimizer.get("reset") if optimizer is not None else None
+    message = (
+        f"stage '{stage.name}' cannot keep the state of '{earlier.optimizer.name}', its optimizer is "
+        f"'{stage.optimizer.name}'; leave reset out, or true"
+    )
+    return [Problem((reset or node).origin, message)]
 
 
 def _numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 from lbzoo.errors import did_you_mean
 
 Scale = Literal["paper", "mini", "smoke"]
+RequeueSignal = Literal["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
 CompileMode = Literal[True, "max-autotune-no-cudagraphs"]
 
 # Of each group one key may be given; a later layer's choice replaces an earlier layer's (``merging.py``).
@@ -78,6 +79,8 @@ class OptimizerSettings(ComponentSettings):
 
     param_rules: list[ParamRule] = []
     """Options of single groups of parameters: `weight_decay`, `lr_scale`, `adapt`, ..."""
+    reset: bool = True
+    """In a stage after another: begin with fresh state; `false` goes on with that of the same optimizer before."""
 
 
 class ScheduleSettings(ComponentSettings):
@@ -212,6 +215,8 @@ class TrainerSettings(Settings):
     """When a run has diverged, and what happens then; null: nobody looks."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Data-loading processes of each device."""
+    timeout: Annotated[float, Field(gt=0)] = 1800
+    """Seconds that a rank waits for another before the run is given up."""
     validate_every: Interval = Interval(epochs=1)
     """How often the validation set is run; it always runs at the end of a stage."""
 
@@ -231,6 +236,12 @@ class CheckpointSettings(Settings):
     """How many of the newest checkpoints stay on disk."""
     save_best: bool = True
     """Keep the checkpoint with the best value of the task's monitored metric as well."""
+    asynchronous: bool = False
+    """Write while the training goes on, from a copy in the host's memory: as much again as weights and optimizer."""
+    on_error: Literal["stop", "warn"] = "stop"
+    """What a checkpoint that cannot be written (a full disk) does: end the run, or warn and go on without it."""
+    requeue_signal: RequeueSignal = "SIGUSR1"
+    """Saves and leaves, as SIGINT and SIGTERM do: what the scheduler sends before the job's time is over."""
 
 
 class LoggingSettings(Settings):

@@ -99,6 +99,7 @@ class StageDraft:
             steps=_count_steps(settings, facts),
             first_step=0,
             num_train=facts.num_train,
+            keeps_optimizer=not settings.optimizer.reset,
             epochs=settings.epochs,
             lr_before_scaling=self._components["optimizer"].options.get("lr"),
             lr_scaling=settings.lr_scaling,

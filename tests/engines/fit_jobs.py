@@ -73,3 +73,10 @@ def saved_weights(run: Path) -> dict[str, Tensor]:
         task.double()
     load_weights(resolve_checkpoint(run), task)
     return {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
+
+
+def resume_and_listen(recipe: Path, runs: Path) -> list[str]:
+    """What a resumed run says on this rank."""
+    said: list[str] = []
+    fit_here(recipe, ["trainer.devices=auto"], runs, resume="auto", say=said.append)
+    return said
