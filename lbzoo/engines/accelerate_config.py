@@ -44,9 +44,7 @@ def check_accelerate(settings: TrainerSettings, *, on_gpu: bool, variables: Mapp
     The number of processes is :func:`lbzoo.engines.launch.find_world`'s to compare.
     """
     if settings.engine == "accelerate" and find_spec("accelerate") is None:
-        raise UsageError(
-            "trainer.engine: no accelerate here: pip install 'lbzoo[accelerate]', or use lightning"
-        )
+        raise UsageError("trainer.engine: no accelerate here: pip install 'lbzoo[accelerate]', or use lightning")
     if not is_accelerate_launch(variables):
         return
     conflicts = [
