@@ -33,14 +33,18 @@ def create_optimizer(target: Target, name: str, *, param_rules: Sequence[Rule] =
     unknown name, an option or group key that the optimizer does not take, a value out of range, and a parameter that
     is given twice.
     """
+    import torch
+
     known = optimizer_options(name)
     _check_options(name, options, known)
     groups = build_param_groups(target, param_rules, options=known)
     given_keys = {key for group in groups for key in group}
     try:
-        optimizer: Optimizer = _component(name)(groups, **options)
+        optimizer = _component(name)(groups, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer '{name}': {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"optimizer '{name}' gives a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
     _refuse_ignored_keys(name, given_keys, optimizer)
     _apply_lr_scale(optimizer)
     return optimizer

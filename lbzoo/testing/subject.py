@@ -43,6 +43,7 @@ class Subject:
         ``package.module:Class``), or a file and a name in it: ``./mine.py:Mine`` or, for a registered optimizer,
         ``./mine.py:mine``.
         """
+        label = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", repr(optimizer))
         reference = optimizer if isinstance(optimizer, str) else importable_name(optimizer)
         factory: Factory
         if reference is None:
@@ -52,11 +53,10 @@ class Subject:
             from lbzoo.optim import optimizer_options
 
             name = _registry_name(reference)
-            factory, signature = partial(_create, name), optimizer_options(name)
+            factory, signature = partial(_create, name, label), optimizer_options(name)
         chosen = dict(options or {})
         if "lr" in signature:
             chosen.setdefault("lr", LEARNING_RATE)
-        label = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", repr(optimizer))
         return cls(label, reference, factory, signature, chosen)
 
     def build(self, target: nn.Module | Iterable[Mapping[str, Any]], **options: Any) -> Optimizer:
@@ -100,10 +100,13 @@ def _registry_name(reference: str) -> str:
     raise UsageError(f"{file} holds nothing named '{name}'{did_you_mean(name, [*vars(module), *optimizers.names()])}")
 
 
-def _create(name: str, target: Any, **options: Any) -> Optimizer:
+def _create(name: str, label: str, target: Any, **options: Any) -> Optimizer:
     from lbzoo.optim import create_optimizer
 
-    return create_optimizer(target, name, **options)
+    try:
+        return create_optimizer(target, name, **options)
+    except UsageError as error:
+        raise UsageError(str(error).replace(name, label)) from error  # a file's module has a name of its own
 
 
 def _call(factory: Factory, target: Any, **options: Any) -> Optimizer:

@@ -5,6 +5,7 @@ python -m lbzoo.testing.table > docs/optimizer_conformance.md
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,7 +117,8 @@ def _reasons(entrant: Entrant, failed: list[CheckResult]) -> Iterator[str]:
     yield f"`{entrant.label}`:"
     yield ""
     for result in failed:
-        reason = result.reason if len(result.reason) <= 160 else result.reason[:157] + "..."
+        reason = re.sub(r"^rank \d+: ", "", result.reason)  # whichever was first
+        reason = reason if len(reason) <= 160 else reason[:157] + "..."
         yield f"- {result.name}: {reason}"
 
 

@@ -13,7 +13,7 @@ from brute_force import data, loss_of, make_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lbzoo
@@ -188,6 +188,14 @@ def misuse(case: str) -> str:
             for _ in backward_passes("fsdp", stats._model(), 4, 3):
                 pass
             stats.variance()
+        elif case == "fsdp1":
+            from torch.distributed.fsdp import FullyShardedDataParallel
+
+            GradientStats(FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")))
+        elif case == "sharded otherwise":
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            model.a.weight = nn.Parameter(distribute_tensor(model.a.weight, mesh, [Shard(0)]))
+            GradientStats(model)
         elif case == "replicated":
             mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
             GradientStats(fully_shard(model, mesh=mesh))

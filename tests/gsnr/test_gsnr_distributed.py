@@ -185,6 +185,8 @@ def test_detach_leaves_training_as_it_was(four_ranks: Processes, layout: str) ->
         ("hook taken", "communication hook already"),
         ("never synchronised", "under no_sync() the last of them must synchronise"),
         ("partial pool", "not groups=4"),
+        ("fsdp1", "is a flat parameter of FSDP1"),
+        ("sharded otherwise", "not by fully_shard (FSDP2)"),
         ("replicated", "use DDP instead"),
         ("fp16 reduction", "reduce_dtype=torch.float32"),
     ],

@@ -158,6 +158,13 @@ def test_a_value_that_torch_refuses_is_an_error_of_usage(model):
         create_optimizer([], "lamb")
 
 
+@pytest.mark.parametrize("name", ["torch:Parameter", "builtins:print"])
+def test_what_is_no_optimizer_is_refused(name, model, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Parameter", lambda params: torch.zeros(2), raising=False)
+    with pytest.raises(UsageError, match=r"which is no torch\.optim\.Optimizer"):
+        create_optimizer(model, name)
+
+
 def test_registering_ones_own(model, registered):
     @register_optimizer("mine_for_this_test", paper="none", lr_scaling="sqrt", layerwise=True)
     class Mine(Lamb):

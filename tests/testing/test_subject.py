@@ -115,6 +115,12 @@ def test_file_that_fails(tmp_path):
         check_optimizer(f"{path}:Mine")
 
 
+def test_a_file_is_called_as_the_user_called_it(tmp_path):
+    path = write(tmp_path, "MineMistaken")
+    with pytest.raises(UsageError, match=rf"^optimizer '{path}:MineMistaken' takes no option 'lrr'"):
+        check_optimizer(f"{path}:MineMistaken", options={"lrr": 1})
+
+
 def test_options_that_do_not_fit():
     with pytest.raises(UsageError, match="did you mean 'weight_decay'"):
         check_optimizer("adamw", options={"weigth_decay": 0.1})
