@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gap_jobs
 import pytest
 import torch
 from plain_trainer import Plain, adamw, data, fit, scalars, tensorboard
@@ -17,6 +18,7 @@ from lbzoo.data.in_memory import TensorSamples, as_batch
 from lbzoo.data.rng import stable_rng
 from lbzoo.errors import UsageError
 from lbzoo.tasks.image_classification import ImageClassification
+from lbzoo.testing.processes import shared_processes
 
 GAP = "summary/generalization_gap"
 EVERY_4 = {"validate": True, "val_check_interval": 4, "check_val_every_n_epoch": None, "max_steps": 12}
@@ -139,3 +141,15 @@ def test_a_metric_that_is_not_logged() -> None:
         fit(Plain(adamw), GeneralizationGap(metric="val/top2"), **EVERY_4)
     with pytest.raises(UsageError, match="samples must be at least 1, not 0"):
         GeneralizationGap(samples=0)
+
+
+@pytest.mark.dist
+def test_two_ranks_have_the_numbers_of_one(tmp_path: Path) -> None:
+    """25 samples on two ranks: unequal parts."""
+    shared_processes().run(2, gap_jobs.train, tmp_path / "two")
+    gap_jobs.train(tmp_path / "one")
+    two, one = scalars(tmp_path / "two" / "rank0"), scalars(tmp_path / "one" / "rank0")
+    assert list(one[GAP]) == [3, 6]
+    for tag in (GAP, "train_subset/top1", "train_subset/loss"):
+        assert two[tag] == pytest.approx(one[tag], abs=1e-6), tag
+    assert len(set(one["train_subset/loss"].values())) == 2
