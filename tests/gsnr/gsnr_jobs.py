@@ -99,6 +99,7 @@ def collect(
     precision: str = "32",
     no_sync: bool = True,
     clip: float | None = None,
+    spoil: str | None = None,
     windows: int = 3,
 ) -> Result:
     """Statistics of the last of some windows; DDP builds its buckets anew after the first."""
@@ -115,6 +116,10 @@ def collect(
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(clip)
+    if spoil is not None:
+        gradient = model.get_parameter(spoil).grad
+        assert isinstance(gradient, DTensor)
+        gradient.to_local().fill_(torch.nan)
     per_layer = {name: value.item() for name, value in stats.mean_gsnr_per_layer().items()}
     return {
         "k": stats.num_gradients,

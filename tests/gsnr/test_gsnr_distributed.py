@@ -64,6 +64,17 @@ def test_after_clipping(four_ranks: Processes, layout: str) -> None:
     assert_equals_brute_force(result, scale=0.01)
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "mixed"])
+def test_nan_stays_in_its_layer(four_ranks: Processes, layout: str) -> None:
+    """Also where the factor by which gradients were clipped is taken from all sharded parameters together."""
+    result = four_ranks.run(2, partial(gsnr_jobs.collect, layout, "net", 2, spoil="a.weight"))[0]
+    assert result["variance"].pop("a.weight").isnan().all()
+    expected = mean_and_variance(make_model(), *data(), 4)
+    largest = max(variance.max().item() for _, variance in expected.values())
+    for name, variance in result["variance"].items():
+        torch.testing.assert_close(variance.double(), expected[name][1], rtol=0, atol=1e-6 * largest)
+
+
 def expected_gsnr_per_layer(parts: int) -> dict[str, float]:
     expected = mean_and_variance(make_model(), *data(), parts)
     return {name: (mean.square() / variance).mean().item() for name, (mean, variance) in expected.items()}
