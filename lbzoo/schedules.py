@@ -86,13 +86,25 @@ def constant(phases: Phases) -> Shape:
 
 @register_schedule("polynomial")
 def polynomial(
-    phases: Phases, *, power: float = 1.0, end: float = 0.0, decay_from: Literal["peak", "start"] = "peak"
+    phases: Phases,
+    *,
+    power: float = 1.0,
+    begin: float = 1.0,
+    end: float = 0.0,
+    decay_from: Literal["peak", "start"] = "peak",
 ) -> Shape:
-    """Decay by (1 - progress)^power, to ``end`` times the peak: 1 is linear (LAMB), 2 quadratic (NovoGrad's SGD)."""
+    """Decay by (1 - progress)^power, to ``end`` times the peak: 1 is linear (LAMB), 2 quadratic (NovoGrad's SGD).
+
+    A decay that goes through two stages ends the first one at an ``end`` that the second has as its ``begin``.
+    """
     if power <= 0:
         raise UsageError(f"schedule polynomial: power must be above 0, got {power}")
     _check_decay("polynomial", phases, end, decay_from)
-    return lambda t: end + (1 - end) * (1 - phases.progress(t, decay_from)) ** power
+    if not end <= begin <= 1:
+        raise UsageError(f"schedule polynomial: begin is a part of the peak learning rate, {end:g} to 1, got {begin}")
+    if begin < 1 and phases.warmup_steps + phases.constant_steps:
+        raise UsageError("schedule polynomial: a stage that begins below the peak has no warmup and no constant_*")
+    return lambda t: end + (begin - end) * (1 - phases.progress(t, decay_from)) ** power
 
 
 @register_schedule("cosine")

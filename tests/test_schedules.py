@@ -207,3 +207,24 @@ def test_a_schedule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = build("square_root", 100, warmup_steps=10, scale=0.5)
     assert schedule(5) == 0.5
     assert schedule(100) == pytest.approx(0.5 / math.sqrt(101))
+
+
+def test_a_polynomial_through_two_stages_is_one() -> None:
+    whole = build_schedule("polynomial", steps=100, steps_per_epoch=10, warmup_steps=20)
+    first = build_schedule("polynomial", steps=90, steps_per_epoch=10, warmup_steps=20, end=0.125)
+    second = build_schedule("polynomial", steps=10, steps_per_epoch=10, begin=0.125)
+    joined = [first(t) for t in range(1, 91)] + [second(t) for t in range(1, 11)]
+    assert joined == pytest.approx([whole(t) for t in range(1, 101)], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"begin": 0.5, "warmup_steps": 1}, "no warmup"),
+        ({"begin": 0.1, "end": 0.2}, "begin is a part"),
+        ({"begin": 1.5}, "begin is a part"),
+    ],
+)
+def test_where_a_polynomial_may_begin(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_schedule("polynomial", steps=10, steps_per_epoch=10, **options)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lbzoo.checkpoint.transformers_folder import is_transformers_folder
 from lbzoo.errors import CheckpointError
 
 FORMAT = 1
@@ -87,8 +88,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def validates_averages(path: Path) -> bool:
-    """Whether the metrics of a checkpoint are those of its averaged weights; False for a file of weights."""
-    if path.is_file():
+    """Whether the metrics of a checkpoint are those of its averaged weights; False for other files of weights."""
+    if path.is_file() or is_transformers_folder(path):
         return False
     ema = read_state(path).get("ema")
     return isinstance(ema, dict) and bool(ema.get("in_validation"))
@@ -97,11 +98,13 @@ def validates_averages(path: Path) -> bool:
 def resolve_checkpoint(path: Path, *, prefer: str = "last") -> Path:
     """The checkpoint that a path means: a checkpoint itself, a run folder, or its ``checkpoints/`` folder.
 
+    A model that transformers saved is one as well, of weights alone.
+
     ``prefer`` is the link followed in a run folder (``last`` or ``best``; ``last`` where there is no ``best``).
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    if (path / STATE_FILE).is_file():
+    if (path / STATE_FILE).is_file() or is_transformers_folder(path):
         return path.resolve()
     for folder in (path / "checkpoints", path):
         for name in (prefer, "last"):

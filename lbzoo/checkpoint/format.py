@@ -16,6 +16,7 @@ from torch import nn
 
 from lbzoo.checkpoint.folder import CALLBACKS_FILE, FORMAT, read_state
 from lbzoo.checkpoint.quiet import quiet
+from lbzoo.checkpoint.transformers_folder import is_transformers_folder, load_transformers_folder
 from lbzoo.errors import CheckpointError, did_you_mean
 
 
@@ -81,10 +82,15 @@ def load_callbacks(path: Path) -> dict[str, Any]:
 def load_weights(path: Path, module: nn.Module, *, averaged: bool = False) -> None:
     """Load the model's weights alone: from a checkpoint, or from a ``.pt``/``.pth``/``.safetensors`` state dict.
 
+    Also from a folder of transformers', for a task on one of its models.
+
     ``averaged`` takes a checkpoint's averages in place of the weights that they are of.
     """
     if path.is_file():
         _load_weights_file(path, module)
+        return
+    if is_transformers_folder(path):
+        load_transformers_folder(path, module)
         return
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 

@@ -16,10 +16,12 @@ from typer.exceptions import TyperException
 from lbzoo.cli.check import check
 from lbzoo.cli.cp import cp
 from lbzoo.cli.doctor import doctor
+from lbzoo.cli.export import export
 from lbzoo.cli.fit import fit
 from lbzoo.cli.ls import ls
 from lbzoo.cli.optim import optim
 from lbzoo.cli.plan import plan
+from lbzoo.cli.prepare import prepare
 from lbzoo.cli.schema import schema
 from lbzoo.cli.show import show
 from lbzoo.cli.sweep import sweep
@@ -36,9 +38,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (fit, validate, ls, show, cp, check, plan, table, sweep, schema, doctor):
+for verb in (fit, validate, export, ls, show, cp, check, plan, table, sweep, schema, doctor):
     app.command()(verb)
 app.add_typer(optim, name="optim")
+app.add_typer(prepare, name="prepare")
 
 
 @app.callback(invoke_without_command=True)

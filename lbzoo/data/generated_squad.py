@@ -12,7 +12,7 @@ from lbzoo.data.rng import stable_rng
 from lbzoo.data.squad import check_sizes
 from lbzoo.data.squad_files import parse_questions
 from lbzoo.data.squad_windows import Windows, WindowSizes
-from lbzoo.data.wordpiece import Vocabulary
+from lbzoo.data.wordpiece import HasVocabulary, Vocabulary
 from lbzoo.registry import register_data
 
 if TYPE_CHECKING:
@@ -21,41 +21,20 @@ if TYPE_CHECKING:
 NUM_TRAIN, NUM_VAL = 4000, 400  # questions, each one window at the sizes below
 _SEED = 0  # the same for every run, whatever its seed, so that runs can be compared
 _FACTS = 4  # sentences of a paragraph
-_SYLLABLES = (
-    "an",
-    "ba",
-    "del",
-    "er",
-    "fo",
-    "gin",
-    "hal",
-    "is",
-    "ka",
-    "lo",
-    "mer",
-    "no",
-    "or",
-    "pa",
-    "ri",
-    "ster",
-    "tu",
-)
-# What is said, what is asked, and what kind of answer it has.
-_RELATIONS = (
-    ("The author of {module} is {answer}.", "Who is the author of {module}?", "name"),
-    ("{module} was first released in {answer}.", "When was {module} released?", "year"),
-    ("The default size of {module} is {answer} bytes.", "What is the default size of {module}?", "number"),
-    ("{module} is a part of the package {answer}.", "Which package is {module} a part of?", "name"),
-    ("When {module} fails, it raises {answer}.", "What does {module} raise when it fails?", "name"),
-    ("The value returned by {module} has the type {answer}.", "What type has the value returned by {module}?", "name"),
-    ("{module} is tested on {answer} machines.", "On how many machines is {module} tested?", "number"),
-    ("The test for {module} was written by {answer}.", "Who wrote the test for {module}?", "name"),
-)
+# What a fact is about, and the words of its answers, mostly such as the manual's vocabulary knows whole.
+_PROPERTIES = {
+    "type": ("object", "class", "string", "list", "integer", "sequence", "dictionary", "set"),
+    "part": ("module", "function", "method", "statement", "package", "block", "expression", "body"),
+    "order": ("first", "second", "third", "last", "next", "left", "right", "before"),
+    "size": ("one", "two", "three", "ten", "zero", "10", "20", "100"),
+    "result": ("true", "false", "none", "error", "exception", "yield", "return", "break"),
+    "access": ("read", "write", "call", "import", "execute", "delete", "open", "close"),
+}
 
 
 @register_data("generated_squad")
-class GeneratedSquad(DataSource):
-    """Generated questions in SQuAD's form (synthetic, embedded): facts about modules that do not exist.
+class GeneratedSquad(HasVocabulary, DataSource):
+    """Generated questions in SQuAD's form (synthetic, embedded): a few facts, and one of them asked for.
 
     The vocabulary is that of the data set ``python_manual``.
     """
@@ -67,8 +46,8 @@ class GeneratedSquad(DataSource):
         self,
         *,
         vocab_size: int = VOCABULARY,
-        seq_len: int = 128,
-        doc_stride: int = 64,
+        seq_len: int = 96,
+        doc_stride: int = 48,
         max_question: int = 32,
     ) -> None:
         check_sizes("generated_squad", seq_len, doc_stride, max_question)
@@ -107,33 +86,20 @@ def generate(num_questions: int, *, seed: int) -> dict[str, Any]:
     """A document in SQuAD v1.1's form: a paragraph of four facts and a question about one of them, again and again."""
     rng = stable_rng(seed)
     paragraphs = [_paragraph(rng, f"generated-{seed}-{number}") for number in range(num_questions)]
-    return {"version": "generated", "data": [{"title": "Modules", "paragraphs": paragraphs}]}
+    return {"version": "generated", "data": [{"title": "Generated", "paragraphs": paragraphs}]}
 
 
 def _paragraph(rng: RandomState, question_id: str) -> dict[str, Any]:
-    module = _word(rng).lower()
-    asked = int(rng.randint(_FACTS))
-    context, qas = "", []
-    for number, relation in enumerate(rng.choice(len(_RELATIONS), _FACTS, replace=False)):
-        said, question, kind = _RELATIONS[relation]
-        answer = _answer(rng, kind)
-        before, _, after = said.format(module=module, answer="|").partition("|")
-        before = before[:1].upper() + before[1:]
-        context += " " if context else ""
-        if number == asked:
-            found = [{"text": answer, "answer_start": len(context) + len(before)}]
-            qas = [{"id": question_id, "question": question.format(module=module), "answers": found}]
-        context += before + answer + after
-    return {"context": context, "qas": qas}
-
-
-def _answer(rng: RandomState, kind: str) -> str:
-    if kind == "year":
-        return str(rng.randint(1970, 2030))
-    if kind == "number":
-        return str(rng.randint(2, 1000))
-    return " ".join(_word(rng) for _ in range(rng.randint(1, 3)))
-
-
-def _word(rng: RandomState) -> str:
-    return "".join(rng.choice(_SYLLABLES, rng.randint(2, 4))).capitalize()
+    properties = rng.choice(list(_PROPERTIES), _FACTS, replace=False)
+    asked = properties[rng.randint(_FACTS)]
+    context, answers = "", []
+    for name in properties:
+        answer = " and ".join(rng.choice(_PROPERTIES[name], rng.randint(1, 3), replace=False))
+        context += f"The {name} is "
+        if name == asked:
+            answers = [{"text": answer, "answer_start": len(context)}]
+        context += f"{answer}. "
+    return {
+        "context": context.rstrip(),
+        "qas": [{"id": question_id, "question": f"What is the {asked}?", "answers": answers}],
+    }

@@ -9,7 +9,7 @@ from lbzoo.data.in_memory import as_batch
 from lbzoo.data.masked_pairs import MaskedPairs, PairRow, PairsInMemory, check_masking
 from lbzoo.data.rng import stable_rng
 from lbzoo.data.sentence_pairs import Document, sentence_pairs
-from lbzoo.data.wordpiece import Vocabulary, train_vocabulary
+from lbzoo.data.wordpiece import HasVocabulary, Vocabulary, train_vocabulary
 from lbzoo.errors import UsageError
 from lbzoo.registry import register_data
 
@@ -20,7 +20,7 @@ _SEED = 0  # pairs are the same for every run, whatever its seed, so that runs c
 
 
 @register_data("python_manual")
-class PythonManual(DataSource):
+class PythonManual(HasVocabulary, DataSource):
     """Python's own manual (``pydoc_data``, embedded): sentence pairs with masked tokens, 465 KB of English.
 
     WordPiece with a vocabulary of ``vocab_size`` tokens, made from the text. Every tenth topic is for validation.

@@ -11,7 +11,7 @@ from lbzoo.data.locations import data_folder, unusable
 from lbzoo.data.squad_files import Question, read_questions
 from lbzoo.data.squad_windows import Windows, WindowSizes
 from lbzoo.data.token_shards import VOCABULARY_FILE
-from lbzoo.data.wordpiece import BERT_VOCABULARY, Vocabulary, read_vocabulary, refuse_unknown
+from lbzoo.data.wordpiece import BERT_VOCABULARY, HasVocabulary, Vocabulary, read_vocabulary, refuse_unknown
 from lbzoo.errors import DataError, UsageError
 from lbzoo.registry import register_data
 
@@ -22,7 +22,7 @@ _SAMPLE = 200  # contexts whose words the vocabulary should know
 
 
 @register_data("squad")
-class Squad(DataSource):
+class Squad(HasVocabulary, DataSource):
     """SQuAD v1.1: questions on Wikipedia whose answers stand in the text, from the official JSON, in windows.
 
     ``root`` or $LBZOO_SQUAD is the folder with ``train-v1.1.json`` and ``dev-v1.1.json``. ``vocab`` is the vocabulary

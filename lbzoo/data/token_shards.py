@@ -59,6 +59,7 @@ class Manifest:
     rows_per_group: dict[str, int]
     shards: dict[str, dict[str, list[ShardFile]]]
     documents: int = 0
+    tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_at: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from lbzoo.data.token_shards import (
     read_manifest,
     shard_problems,
 )
-from lbzoo.data.wordpiece import BERT_VOCABULARY, Vocabulary, read_vocabulary
+from lbzoo.data.wordpiece import BERT_VOCABULARY, HasVocabulary, Vocabulary, read_vocabulary
 from lbzoo.errors import DataError
 from lbzoo.registry import register_data
 
@@ -29,7 +29,7 @@ _VALIDATION_SEED = 0  # the masks of the validation set are the same for every r
 
 
 @register_data("wikibooks")
-class WikiBooks(DataSource):
+class WikiBooks(HasVocabulary, DataSource):
     """Sentence pairs with masked tokens from shards that ``lbzoo prepare bert`` makes of Wikipedia and books, any text.
 
     ``root`` or $LBZOO_WIKIBOOKS is their folder. Nominal size: the papers' 3.3 billion words in sequences of

@@ -6,6 +6,7 @@ A vocabulary file is BERT's own: one token a line, its id the number of its line
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,9 +68,24 @@ class Vocabulary:
     def save(self, path: Path) -> None:
         path.write_text("".join(f"{token}\n" for token in self.tokens), encoding="utf-8")
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write what transformers' ``AutoTokenizer`` reads: with special tokens around one text or two."""
+        with extra("text"):
+            from transformers import BertTokenizer  # the fast one, in transformers 5
+
+        BertTokenizer(vocab=self._ids, do_lower_case=self.lowercase).save_pretrained(folder)
+
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {token: number for number, token in enumerate(self.tokens)}
+
+
+class HasVocabulary(ABC):
+    """A data set of text that was cut into tokens: the vocabulary that a model trained on it goes with."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary: ...
 
 
 def read_vocabulary(path: Path, *, lowercase: bool = True) -> Vocabulary:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -69,9 +71,10 @@ class BertTask(Task):
             raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
         self._refuse_another_encoder(folder, theirs)
         try:
-            loaded, report = type(self.model).from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-            )
+            with _without_bars():
+                loaded, report = type(self.model).from_pretrained(
+                    folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot load the weights in {folder}: {error}") from error
         fresh = sorted(report["missing_keys"])
@@ -88,7 +91,8 @@ class BertTask(Task):
 
     def save_transformers(self, folder: Path) -> None:
         """Save the model so that transformers' ``from_pretrained`` reads it."""
-        self.model.save_pretrained(folder)
+        with _without_bars():
+            self.model.save_pretrained(folder)
 
     def _refuse_another_encoder(self, folder: Path, theirs: Any) -> None:
         ours = self.model.config
@@ -122,6 +126,22 @@ def bert_config(size: Size, vocab_size: int, changes: dict[str, Any]) -> BertCon
         )
     fields |= {"vocab_size": _padded(vocab_size), "attn_implementation": "sdpa"}
     return BertConfig(**fields)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' progress bars, and without its report of what fitted, which is ours to make."""
+    from transformers.utils import logging as their_logging
+
+    shown, level = their_logging.is_progress_bar_enabled(), their_logging.get_verbosity()
+    their_logging.disable_progress_bar()
+    their_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(level)
+        if shown:
+            their_logging.enable_progress_bar()
 
 
 def _padded(vocab_size: int) -> int:

@@ -1,0 +1,1 @@
+"""Raw corpora into the formats that ``lbzoo.data`` reads."""
