@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LbzooError(Exception):
@@ -65,3 +66,12 @@ def did_you_mean(word: str, known: Iterable[str], *, limit: int = 30) -> str:
         return ""
     shown = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
     return f"; known: {shown}"
+
+
+def import_hint(module: str) -> str:
+    """What to do about a module that cannot be imported although its file lies here: "; ..." or nothing."""
+    top = module.partition(".")[0]
+    found = next((path for path in (Path(f"{top}.py"), Path(top)) if path.exists()), None)
+    if found is None:
+        return ""
+    return f"; {found} lies here: set PYTHONPATH=. or, if it registers its components, list it in `plugins:`"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lbzoo import registry
-from lbzoo.errors import UnknownNameError, UsageError, did_you_mean
+from lbzoo.errors import UnknownNameError, UsageError, did_you_mean, import_hint
 from lbzoo.optim.info import OptimizerInfo, canonical_name
 from lbzoo.param_groups import COMMON_OPTIONS, build_param_groups
 from lbzoo.signatures import REQUIRED, Option, options_of
@@ -146,5 +146,5 @@ def _import(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        hint = "; install it with: pip install 'lbzoo[vision]'" if module.startswith("timm") else ""
+        hint = "; install it with: pip install 'lbzoo[vision]'" if module.startswith("timm") else import_hint(module)
         raise UsageError(f"optimizer '{name}': cannot import {module} ({error}){hint}") from error

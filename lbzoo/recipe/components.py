@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lbzoo import registry
-from lbzoo.errors import LbzooError, UsageError, did_you_mean
+from lbzoo.errors import LbzooError, UsageError, did_you_mean, import_hint
 from lbzoo.optim import optimizer_options
 from lbzoo.param_groups import COMMON_OPTIONS, SELECTORS
 from lbzoo.recipe.merging import SHARED_KEYS
@@ -54,7 +54,7 @@ def component_class(kind: Kind, name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UsageError(f"cannot import '{module_name}': {error}") from error
+        raise UsageError(f"cannot import '{module_name}': {error}{import_hint(module_name)}") from error
     if not hasattr(module, attribute):
         known = [each for each in vars(module) if not each.startswith("_")]
         raise UsageError(f"module '{module_name}' has no '{attribute}'{did_you_mean(attribute, known, limit=10)}")

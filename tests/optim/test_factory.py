@@ -216,3 +216,10 @@ def test_one_parameter_is_a_target_too():
 def test_a_name_that_only_wraps_is_no_optimizer(model):
     with pytest.raises(UnknownNameError):
         create_optimizer(model, "larc_")
+
+
+def test_a_module_that_lies_in_the_current_folder_is_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_optimizers.py").write_text("from torch.optim import SGD as Mine\n")
+    with pytest.raises(UsageError, match=r"own_optimizers\.py lies here: set PYTHONPATH=\."):
+        optimizer_options("own_optimizers:Mine")
