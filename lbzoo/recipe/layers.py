@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lbzoo.errors import UsageError
+from lbzoo.recipe.components import leave_out_foreign
 from lbzoo.recipe.finding import find_recipe
 from lbzoo.recipe.merging import merge, refuse_unknown_stages, stage_node
 from lbzoo.recipe.nodes import Node, Origin, Problem, RecipeError, from_plain
 from lbzoo.recipe.overrides import apply_override
 from lbzoo.recipe.reading import read_recipe
 from lbzoo.recipe.schema import CONSTANT_KEYS, WARMUP_KEYS, Scale
-from lbzoo.recipe.tidying import tidy
+from lbzoo.recipe.tidying import COMPONENTS, tidy
 
 # What a recipe says about the paper's run. It holds for that run only: not for another scale, nor over a base.
 _OF_THE_PAPER = ("table", "hardware", "expect")
@@ -52,9 +53,15 @@ def row_document(path: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     merged, problems = _below_the_scale(path, row)
     if problems:
         raise RecipeError(problems)
+    stages = merged.get("stages")
+    blocks = [merged, *(stages.value.values() if stages is not None and stages.is_mapping else ())]
+    for block in blocks:  # plain data does not remember which component an option was written for
+        for kind in COMPONENTS:
+            if (component := block.get(kind)) is not None:
+                leave_out_foreign(kind, component)
     document: dict[str, Any] = merged.plain()
-    if isinstance(stages := document.get("stages"), dict):
-        document["stages"] = [{"name": name, **stage} for name, stage in stages.items()]
+    if isinstance(by_name := document.get("stages"), dict):
+        document["stages"] = [{"name": name, **stage} for name, stage in by_name.items()]
     return document
 
 

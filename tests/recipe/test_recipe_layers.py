@@ -61,9 +61,13 @@ def write_into(path: Path, more: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("optimizer", [{"weight_decay": 3.0}, {"name": "adam"}, {"name": "momentum", "momentum": 0.5}])
 @pytest.mark.parametrize("scale", ["paper", "mini", "smoke"])
-def test_a_row_s_document_is_a_recipe_of_its_own(top: Path, write: Write, scale: Scale) -> None:
-    row = {"optimizer": {"weight_decay": 3.0}, "data": {"global_batch_size": 512}, "mini": {"epochs": 2}}
+def test_a_row_s_document_is_a_recipe_of_its_own(
+    top: Path, write: Write, scale: Scale, optimizer: dict[str, object]
+) -> None:
+    Path("base.yaml").write_text(BASE.replace(", optimizer: {eps: 4.0}", ""))
+    row = {"optimizer": optimizer, "data": {"global_batch_size": 512}, "mini": {"epochs": 2}}
     whole = write(to_yaml(row_document(top, row)), "elsewhere/whole.yaml")
     assert load_recipe(whole, scale=scale).hash == load_recipe(top, scale=scale, row=row).hash
 
