@@ -167,12 +167,12 @@ def parts(loading: Loading) -> dict[str, float]:
         return result
 
     count = min(loading.images, 4 * loading.batch_size)
-    batch = []
+    rng, batch = stable_rng(0), []
     for index in range(count):
         path = samples.files.path(index)
         file = timed("read", path.read_bytes)
         image = timed("decode", lambda content=file: Image.open(io.BytesIO(content)).convert("RGB"))
-        rng = timed("random numbers", stable_rng, 0, index, 0)
+        timed("random numbers", rng.seed, [0, index, 0, 1])
         image = timed("crop and scale", image_transforms.random_resized_crop, image, SIZE, rng, area=(0.08, 1.0),
                       resample=Image.Resampling.BILINEAR)  # fmt: skip
         image = timed("mirror", image_transforms.random_flip, image, rng)

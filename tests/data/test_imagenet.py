@@ -17,6 +17,7 @@ from torchvision.datasets import ImageFolder
 
 from lbzoo.data.base import SampleKey
 from lbzoo.data.imagenet import ImageNet, collate_images
+from lbzoo.data.rng import stable_rng
 from lbzoo.errors import DataError, UsageError
 
 CLASSES, PER_CLASS, VAL_PER_CLASS = 3, 5, 2
@@ -169,6 +170,14 @@ def test_augmentation_is_a_function_of_seed_index_and_epoch(shared_tree: Path, c
     assert np.array_equal(once, pixels(1, 2, 3))
     for other in ((2, 2, 3), (1, 2, 4), (1, 3, 3)):
         assert not np.array_equal(once, pixels(*other))
+
+
+def test_augmentation_draws_from_a_generator_of_the_key(shared_tree: Path) -> None:
+    samples = ImageNet(root=str(shared_tree), image_size=48, resize_size=64).train_dataset(seed=5)
+    samples[SampleKey(0, 0)]
+    with Image.open(samples.files.path(2)) as image:
+        expected = samples.preprocessing.for_training(image.convert("RGB"), stable_rng(5, 2, 3, 1))
+    assert np.array_equal(samples[SampleKey(2, 3)][0], expected)
 
 
 def test_augmentation_leaves_the_global_generators_alone(shared_tree: Path) -> None:
