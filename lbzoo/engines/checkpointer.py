@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lbzoo.checkpoint import BackgroundSaver, Content, content_of, write
+from lbzoo.checkpoint import BackgroundSaver, content_of, write
 from lbzoo.engines.callback_states import states_of
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.engines.running_statistics import average_running_statistics
@@ -157,27 +157,30 @@ class Checkpointer(Callback):
         state = {**self._describe(step), "metrics": self.metrics, "best": best, "validation_owed": validation_owed}
         averages = self._average.complete() if self._average is not None else None
         content = content_of(module, trainer.optimizers[0], state, averages, states_of(self._stateful))
+        for logger in trainer.loggers:
+            logger.save()  # what is logged up to here is part of the state
+        path, saver = self._run.checkpoints.step_path(step), self._in_background
+
+        def then() -> None:
+            self._written(step, state, is_best=is_best)
+
+        if saver is None:
+            self._attempt(lambda: write(path, content, then=then), trainer)
+            return
+        self._attempt(saver.wait, trainer)  # the one before
+        self._attempt(lambda: saver.save(path, module, content, then), trainer)
+        if self._stop or trainer.should_stop:  # nothing comes after this one
+            self._attempt(saver.wait, trainer)
+
+    def _attempt(self, save: Callable[[], None], trainer: Trainer) -> None:
+        """What cannot be written ends the run, or is said; on all ranks alike."""
         try:
-            for logger in trainer.loggers:
-                logger.save()  # what is logged up to here is part of the state
-            is_last = bool(self._stop) or trainer.should_stop
-            self._write(step, module, content, lambda: self._written(step, state, is_best=is_best), is_last=is_last)
+            save()
         except CheckpointError as error:
             if not self._warn:
                 raise
             if trainer.is_global_zero:
                 log.warning("%s; the training goes on (checkpoint.on_error: warn)", error)
-
-    def _write(
-        self, step: int, module: LightningModule, content: Content, then: Callable[[], None], *, is_last: bool
-    ) -> None:
-        path = self._run.checkpoints.step_path(step)
-        if self._in_background is None:
-            write(path, content, then=then)
-            return
-        self._in_background.save(path, module, content, then)
-        if is_last:
-            self._in_background.wait()
 
     def _written(self, step: int, state: Mapping[str, Any], *, is_best: bool) -> None:
         """On the first rank, once the checkpoint is there."""

@@ -16,7 +16,7 @@ from lbzoo.engines.event_files import drop_events_after
 from lbzoo.engines.log_fault import LogFault
 from lbzoo.engines.metrics_file import MetricsFile
 from lbzoo.engines.run_folder import RunFolder
-from lbzoo.errors import UsageError
+from lbzoo.errors import LbzooError, UsageError
 from lbzoo.recipe import ResolvedRecipe
 
 
@@ -47,7 +47,10 @@ class _TensorBoard(TensorBoardLogger):
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         is_new = self._experiment is None
-        writer: SummaryWriter = super().experiment
+        try:
+            writer: SummaryWriter = super().experiment
+        except OSError as error:
+            raise LbzooError(f"cannot write the events of TensorBoard: {error}; choose --runs DIR") from error
         if is_new:
             fault = LogFault(self.log_dir)
             events = writer._get_file_writer().event_writer

@@ -136,8 +136,8 @@ def _fit_in_process(
     runs: Path,
     say: Say,
 ) -> RunResult:
-    if RUN_FOLDER_VARIABLE in os.environ:
-        die_with_parent(signal.SIGTERM)
+    if RUN_FOLDER_VARIABLE in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(signal.SIGTERM)  # a killed agent leaves nobody behind
     from lbzoo.engines import distributed
     from lbzoo.engines.signals import StopRequested
     from lbzoo.engines.stage_run import Start
