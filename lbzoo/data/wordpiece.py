@@ -108,7 +108,7 @@ def read_vocabulary(path: Path, *, lowercase: bool = True) -> Vocabulary:
 
 
 def train_vocabulary(texts: Iterable[str], size: int, *, lowercase: bool = True) -> Vocabulary:
-    """A vocabulary of ``size`` tokens for these texts; the same for the same texts.
+    """A vocabulary of at most ``size`` tokens for these texts; the same for the same texts.
 
     tokenizers numbers the characters inside words as it meets them, in an order that differs from run to run, and
     breaks ties between merges by these numbers. Here they are numbered beforehand.
