@@ -58,7 +58,7 @@ def test_equal_to_torchmetrics() -> None:
 
     rng = np.random.RandomState(0)
     words = ["The", "cat", "a", "sat,", "on", "mat.", "Dog's", "1,000", "U.S.", "an"]
-    # Where articles alone are left of nothing torchmetrics goes by SQuAD 2.0's evaluation: those are worked by hand above.
+    # Texts of articles alone are worked by hand above: there torchmetrics goes by SQuAD 2.0's evaluation.
     texts = [" ".join(["Dog", *rng.choice(words, rng.randint(0, 6))]) for _ in range(400)]
     predictions = {str(n): texts[n] for n in range(100)}
     answers = {str(n): texts[100 + 3 * n : 103 + 3 * n] for n in range(100)}
