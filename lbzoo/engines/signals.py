@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -17,6 +18,10 @@ import torch.distributed as dist
 
 from lbzoo.engines.launch import stop_signals
 from lbzoo.recipe.schema import RequeueSignal
+
+# Seconds within which a second SIGTERM is the first one again: where a launcher is killed, the kernel tells its workers
+# once for each of its threads (die_with_parent). A second Ctrl-C is meant at any time.
+_SAME_REQUEST = 2.0
 
 
 class StopRequested(BaseException):
@@ -37,7 +42,7 @@ class StopSignals:
     def __init__(self, on_second: Callable[[int], None], requeue_signal: RequeueSignal = "SIGUSR1") -> None:
         self._on_second = on_second
         self._handled = stop_signals(requeue_signal)
-        self._received = 0
+        self._received, self._received_at = 0, 0.0
         self._previous: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -54,9 +59,11 @@ class StopSignals:
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self._received:
+            if signum != signal.SIGINT and time.monotonic() - self._received_at < _SAME_REQUEST:
+                return
             self._on_second(signum)
             os._exit(128 + signum)
-        self._received = signum
+        self._received, self._received_at = signum, time.monotonic()
         if not dist.is_initialized() or dist.get_rank() == 0:
             what = "saving a checkpoint and leaving; once more leaves at once"
             os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())

@@ -60,7 +60,7 @@ class Agents:
             for file in self.outputs
         ]  # fmt: skip
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 240) -> list[int]:
         return [process.wait(seconds) for process in self.processes]
 
     def wait_for_step(self, step: int) -> None:
@@ -77,7 +77,7 @@ class Agents:
         return "".join(file.read_text() for file in self.outputs)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -95,21 +95,22 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_stopped_on_one_node_and_resumed_on_both(recipe: Path, tmp_path: Path) -> None:
     """torchrun is killed on one node: all four ranks save and leave. Started again they train what one process does."""
-    agents = Agents(recipe, tmp_path / "runs", "steps=60")
+    overrides = ["steps=60", "trainer.precision=64-true"]  # rounding grows over 60 steps
+    agents = Agents(recipe, tmp_path / "runs", *overrides)
     agents.wait_for_step(12)
     agents.processes[1].kill()
     assert 0 not in agents.wait(), agents.text()
     assert agents.run.status()["state"] == "interrupted", agents.text()
     stopped_at = agents.run.checkpoints.steps()[-1]
     assert 12 <= stopped_at < 60
-    again = Agents(recipe, tmp_path / "runs", "steps=60")
+    again = Agents(recipe, tmp_path / "runs", *overrides)
     assert again.wait() == [0, 0], again.text()
     assert again.text().count("finished at step 60") == 1
     assert f"at step {stopped_at}" in again.text()
-    expected = saved_weights(fit_here(recipe, ["steps=60"], tmp_path / "alone").run_dir)
+    expected = saved_weights(fit_here(recipe, overrides, tmp_path / "alone").run_dir)
     actual = saved_weights(again.run.path)
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-8, msg=name)
     assert [line["step"] for line in read_metrics(again.run.metrics_file)] == list(range(1, 61))
 
 
@@ -120,7 +121,7 @@ def test_a_node_that_dies(recipe: Path, tmp_path: Path) -> None:
     agents = Agents(recipe, tmp_path / "runs")
     agents.wait_for_step(15)
     agents.lose_node(1)
-    assert agents.processes[0].wait(60) != 0
+    assert agents.processes[0].wait(120) != 0
     assert "another rank has ended, or did not answer within trainer.timeout (60 s)" in agents.text()
     assert "--resume auto" in agents.text()
     assert agents.run.status()["state"] == "failed"

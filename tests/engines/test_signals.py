@@ -1,0 +1,46 @@
+"""Asking a run to stop: once saves, twice leaves; a launcher's death, told several times, is one request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, signal, sys, time
+from lbzoo.engines.signals import StopSignals
+
+signals = StopSignals(lambda signum: print(f"left by {signum}", flush=True), sys.argv[1])
+signals.install()
+for word in sys.argv[2:]:
+    if word.isdigit():
+        os.kill(os.getpid(), int(word))
+    else:
+        time.sleep(float(word))
+print(f"asked by {signals.agreed()}")
+signals.restore()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+INT, TERM, USR1, USR2 = (int(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+
+
+@pytest.mark.parametrize(
+    ("requeue", "words", "printed", "code"),
+    [
+        ("SIGUSR1", [USR1], f"asked by {USR1}", -TERM),
+        ("SIGUSR2", [USR2], f"asked by {USR2}", -TERM),
+        ("SIGUSR2", [USR1], "", -USR1),  # is nothing to the run, and does what it does to any process
+        ("SIGUSR1", [INT, INT], f"left by {INT}", 128 + INT),
+        ("SIGUSR1", [TERM, TERM, TERM], f"asked by {TERM}", -TERM),
+        ("SIGUSR1", [TERM, "2.1", TERM], f"left by {TERM}", 128 + TERM),
+        ("SIGUSR1", [TERM, INT], f"left by {INT}", 128 + INT),
+    ],
+)
+def test_requests(requeue: str, words: list[int | str], printed: str, code: int) -> None:
+    command = [sys.executable, "-c", SCRIPT, requeue, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
+    assert done.stdout.strip() == printed
+    assert done.returncode == code
