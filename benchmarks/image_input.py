@@ -213,6 +213,10 @@ def models_need(device: torch.device, seconds: float) -> tuple[int, float]:
 def table(title: str, timings: dict[str, Timing], images: int) -> Iterator[str]:
     yield f"## {title}"
     yield ""
+    if not all(timing.seconds for timing in timings.values()):
+        yield "Not measured: the cores were never idle long enough."
+        yield ""
+        return
     yield "| loader | images/s | spread | n | against timm |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     for name, timing in timings.items():
