@@ -22,6 +22,9 @@ class SquadPredictions(Callback):
     tasks are left alone.
     """
 
+    def __init__(self) -> None:  # so that its options, none, are known without importing it
+        super().__init__()
+
     def on_validation_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         predictions = getattr(pl_module, "predictions", None)
         folder = next((Path(logger.save_dir) for logger in trainer.loggers if logger.save_dir), None)

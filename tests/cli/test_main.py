@@ -98,7 +98,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(out)
     assert code == (1 if report["problems"] else 0)
     assert report["versions"]["torch"]
-    assert set(report["extras"]) == {"vision", "text", "audio", "dlrm", "accelerate"}
+    assert set(report["extras"]) == {"vision", "text", "audio", "dlrm", "accelerate", "sweep"}
 
 
 def test_a_closed_pipe_is_no_error() -> None:
