@@ -153,11 +153,13 @@ def everything_saved(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-def test_both_ranks_skip(recipe: Path, tmp_path: Path) -> None:
-    fault = {"kind": "layer", "name": "model.head.fc.weight", "steps": [3], "rank": 1}
-    overrides = ["trainer.devices=2", "trainer.divergence.policy=skip"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_both_ranks_skip(recipe: Path, tmp_path: Path, strategy: str) -> None:
+    fault = {"kind": "loss", "steps": [3], "rank": 1}
+    overrides = ["trainer.devices=2", f"trainer.strategy={strategy}", "trainer.divergence.policy=skip"]
     assert [code for code, _ in on_ranks(2, fit_with, fault, recipe, overrides, tmp_path)] == [0, 0]
     assert status(tmp_path)["skipped_steps"] == 1
+    assert all(layer["grad_norm"] == "nan" for layer in report(tmp_path, 3)["layers"])
     assert all(torch.isfinite(value).all() for value in saved_weights(tmp_path / "small" / "1").values())
 
 
