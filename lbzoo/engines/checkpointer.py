@@ -22,8 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """The scalars of the last validation, by tag."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    """The scalars of the last validation, by tag: the module's, and those of callbacks that have some."""
+    own = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    of_callbacks: list[Mapping[str, float]] = [
+        getattr(callback, "validation_results", {})
+        for callback in trainer.callbacks  # type: ignore[attr-defined]  # both engines' trainers have it
+    ]
+    return {**own, **{name: float(value) for results in of_callbacks for name, value in results.items()}}
 
 
 @dataclass

@@ -238,6 +238,10 @@ def validation_loader(recipe: ResolvedRecipe, stage: Stage, source: DataSource, 
 def _recipe_callbacks(recipe: ResolvedRecipe) -> list[Callback]:
     """The recipe's callbacks, and what every run shows unless the recipe says how itself."""
     named = {callback.name for callback in recipe.callbacks}
-    always = [Component("train_metrics", {"every": recipe.logging.every}), Component("progress")]
+    always = [
+        Component("train_metrics", {"every": recipe.logging.every}),
+        Component("progress"),
+        Component("unreadable_images"),
+    ]
     missing = tuple(component for component in always if component.name not in named)
     return build_callbacks(replace(recipe, callbacks=(*missing, *recipe.callbacks)))
