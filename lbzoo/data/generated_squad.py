@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NUM_TRAIN, NUM_VAL = 4000, 400  # questions, each one window at the sizes below
 _SEED = 0  # the same for every run, whatever its seed, so that runs can be compared
-_FACTS = 4  # sentences of a paragraph
+_FACTS = 3  # sentences of a paragraph
 # What a fact is about, and the words of its answers, mostly such as the manual's vocabulary knows whole.
 _PROPERTIES = {
     "type": ("object", "class", "string", "list", "integer", "sequence", "dictionary", "set"),
@@ -83,7 +83,7 @@ class GeneratedSquad(HasVocabulary, DataSource):
 
 
 def generate(num_questions: int, *, seed: int) -> dict[str, Any]:
-    """A document in SQuAD v1.1's form: a paragraph of four facts and a question about one of them, again and again."""
+    """A document in SQuAD v1.1's form: a paragraph of three facts and a question about one of them, again and again."""
     rng = stable_rng(seed)
     paragraphs = [_paragraph(rng, f"generated-{seed}-{number}") for number in range(num_questions)]
     return {"version": "generated", "data": [{"title": "Generated", "paragraphs": paragraphs}]}
