@@ -1,0 +1,84 @@
+"""BERT's three stages as runs: what they leave behind, what goes out to transformers and comes in from there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lbzoo.cli import app
+from lbzoo.data.generated_squad import GeneratedSquad
+from lbzoo.data.python_manual import PythonManual
+from lbzoo.engines import RunResult, fit
+from lbzoo.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return fit("bert_lans_96k", ["logging.loggers=[]"], scale="smoke", runs=tmp_path_factory.mktemp("runs"))
+
+
+def test_predictions_lie_in_the_run_folder(smoke: RunResult) -> None:
+    assert (smoke.state, smoke.step) == ("finished", 6)
+    predictions = json.loads((smoke.run_dir / "predictions.json").read_text())
+    questions = GeneratedSquad().val_dataset().questions
+    assert set(predictions) == {question.id for question in questions}
+    best = json.loads((smoke.run_dir / "nbest_predictions.json").read_text())
+    for question in questions:
+        assert predictions[question.id] in question.context
+        first = best[question.id][0]
+        assert first["text"] == predictions[question.id]
+        assert sum(each["probability"] for each in best[question.id]) == pytest.approx(1)
+
+
+def test_export_and_start_from_it(smoke: RunResult, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertForQuestionAnswering
+
+    folder = tmp_path / "exported"
+    done = CliRunner().invoke(app, ["export", str(smoke.run_dir), str(folder), "--to", "transformers"])
+    assert done.exit_code == 0, done.output
+    theirs = BertForQuestionAnswering.from_pretrained(folder).eval()
+    batch = GeneratedSquad().val_dataset().__getitems__([0, 1])
+    with torch.no_grad():
+        assert theirs(batch["input_ids"], attention_mask=batch["attention_mask"].long()).start_logits.isfinite().all()
+    question = batch["windows"][0].question
+    ids = AutoTokenizer.from_pretrained(folder)(question.text, question.context).input_ids
+    assert ids == batch["input_ids"][0][batch["attention_mask"][0]].tolist()
+
+    again = fit(
+        "bert_lans_96k", ["stages=[{name: squad}]", "logging.loggers=[]", "optimizer.lr=0"], scale="smoke",
+        init_from=folder, runs=tmp_path,
+    )  # fmt: skip
+    assert again.metrics["val/f1"] >= 0
+    refused = CliRunner().invoke(app, ["export", str(smoke.run_dir), str(folder)])
+    assert isinstance(refused.exception, UsageError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bert_lans_96k", "bert_lamb"])
+def test_mini_reaches_what_it_says(recipe: str, tmp_path: Path) -> None:
+    result = fit(recipe, scale="mini", runs=tmp_path)
+    lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    pretrained = next(line for line in lines if line["step"] == 220)
+    assert pretrained["val/mlm_loss"] < min(5.40, unigram_entropy())
+    assert result.metrics["val/f1"] > 0.75
+    assert result.metrics["val/exact_match"] > 0.75
+
+
+def unigram_entropy() -> float:
+    """In nats, of the manual's tokens: what a model gets that knows how often each stands there and no more."""
+    source = PythonManual()
+    from lbzoo.data.python_manual import manual_documents
+
+    counts: dict[int, int] = {}
+    for documents in manual_documents(source.vocab_size):
+        for document in documents:
+            for sentence in document:
+                for token in sentence:
+                    counts[token] = counts.get(token, 0) + 1
+    total = sum(counts.values())
+    return -sum(count / total * math.log(count / total) for count in counts.values())
