@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import VALID, Write
+from valid_recipe import VALID, Write
 
 from lbzoo.recipe import (
     RecipeError,

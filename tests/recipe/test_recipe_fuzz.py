@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Write
+from valid_recipe import Write
 
 from lbzoo.recipe import RecipeError, load_recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import VALID, Write
+from valid_recipe import VALID, Write
 
 from lbzoo.recipe import load_recipe, to_yaml
 from lbzoo.recipe.layers import row_document

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Write
+from valid_recipe import Write
 
 from lbzoo.papers import find_rows
 from lbzoo.recipe import build_schedule, load_recipe

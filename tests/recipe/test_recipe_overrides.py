@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import VALID, Write
+from valid_recipe import VALID, Write
 
 from lbzoo.recipe import RecipeError, load_recipe
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import Write
+from valid_recipe import Write
 
 from lbzoo.errors import UsageError
 from lbzoo.recipe import Origin, RecipeError

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import VALID, Write
+from valid_recipe import VALID, Write
 
 from lbzoo import registry
 from lbzoo.recipe import load_recipe

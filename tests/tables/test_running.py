@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeFit, lines_of
+from fake_fit import FakeFit, lines_of
 
 from lbzoo.errors import DataError, LbzooError, UsageError
 from lbzoo.tables.paper_tables import paper_table, select_rows, table_ids

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeFit
+from fake_fit import FakeFit
 
 import lbzoo.papers.reading as reading
 from lbzoo.tables import paper_tables
