@@ -210,11 +210,13 @@ def test_collectives_of_a_step(recipe: Path, tmp_path: Path, ranks: int, micro_b
     assert bare["scatter"] == 3  # of the last micro-batch, one a unit
     job = (ranks, shard_jobs.collectives_of_a_run, recipe)
     assert on_ranks(*job, [alone, "optimizer={name: sgd, lr: 0.1}"], tmp_path)[0] == bare
-    assert on_ranks(*job, [alone], tmp_path)[0] == {**bare, "allreduce": 1}
+    for engine in ("lightning", "accelerate"):
+        assert on_ranks(*job, [alone, f"trainer.engine={engine}"], tmp_path)[0] == {**bare, "allreduce": 1}
     assert on_ranks(*job, [], tmp_path)[0] == {**bare, "allreduce": 2}
     assert on_ranks(*job, [alone, "trainer.gradient_clip_norm=1"], tmp_path)[0] == {**bare, "allreduce": 2}
-    found = on_ranks(*job, [alone, "optimizer.name=vr_lamb"], tmp_path)[0]
-    assert found == {**bare, "scatter": 3 * micro_batches, "allreduce": 2}
+    for engine in ("lightning", "accelerate"):
+        found = on_ranks(*job, [alone, "optimizer.name=vr_lamb", f"trainer.engine={engine}"], tmp_path)[0]
+        assert found == {**bare, "scatter": 3 * micro_batches, "allreduce": 2}
 
 
 @pytest.mark.parametrize(
