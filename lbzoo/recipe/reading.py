@@ -24,6 +24,7 @@ _CONSTANTS = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
     **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
 }
+_MAX_DEPTH = 100  # Python's own limit depends on who else is in the process
 _MAX_NODES = 20_000  # aliases of aliases can stand for more nodes than memory holds
 
 
@@ -116,8 +117,22 @@ def _read_text(path: Path, file: str) -> str:
 
 def _compose(text: str) -> yaml.Node | None:
     """PyYAML's node tree; its own ideas of numbers and dates are not used (``scalar``)."""
-    composed: yaml.Node | None = yaml.compose(text, Loader=yaml.BaseLoader)
+    composed: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     return composed
+
+
+class _Loader(yaml.BaseLoader):
+    """Builds no values, and gives up early on what is nested without end."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise RecursionError
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,13 @@ def test_one_value_on_a_line() -> None:
     assert [to_yaml(value, one_line=True) for value in (3, "x", None, (0.9, 0.98), "1e5", [])] == [
         "3", "x", "null", "[0.9, 0.98]", "'1e5'", "[]",
     ]  # fmt: skip
+
+
+def test_nesting_is_limited_whatever_the_process_allows(write: Write) -> None:
+    before = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(20_000)  # as torch's compiler leaves it
+        with pytest.raises(RecipeError, match="nested too deeply"):
+            read_recipe(write("a: " + "[" * 500, "f.yaml"))
+    finally:
+        sys.setrecursionlimit(before)
