@@ -17,6 +17,7 @@ from lbzoo.checkpoint import load_weights, resolve_checkpoint
 from lbzoo.engines import RunResult, fit, validate
 from lbzoo.engines.run_callbacks import MicroBatchSeeds
 from lbzoo.recipe import build_task, load_recipe
+from lbzoo.recipe.schema import Scale
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -35,10 +36,10 @@ def as_if_launched() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def fit_here(recipe: Path, overrides: list[str], runs: Path, **options: Any) -> RunResult:
+def fit_here(recipe: str | Path, overrides: list[str], runs: Path, scale: Scale = "paper", **options: Any) -> RunResult:
     """``fit`` on the ranks of the process group that is there; in this process where there is none."""
     with as_if_launched():
-        return fit(recipe, overrides, runs=runs, **options)
+        return fit(recipe, overrides, scale=scale, runs=runs, **options)
 
 
 def fit_until_signal(recipe: Path, overrides: list[str], runs: Path, step: int) -> RunResult:

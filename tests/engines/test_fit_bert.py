@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import on_ranks
+from fit_jobs import fit_here
 from typer.testing import CliRunner
 
 from lbzoo.cli import app
@@ -56,6 +58,34 @@ def test_export_and_start_from_it(smoke: RunResult, tmp_path: Path) -> None:
     assert again.metrics["val/f1"] >= 0
     refused = CliRunner().invoke(app, ["export", str(smoke.run_dir), str(folder)])
     assert isinstance(refused.exception, UsageError)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "trainer.strategy=ddp",
+        pytest.param("trainer.strategy=fsdp trainer.activation_checkpointing=true", marks=pytest.mark.slow),
+        "trainer.engine=accelerate trainer.strategy=fsdp",
+    ],
+)
+def test_two_ranks_train_and_score_as_one(layout: str, smoke: RunResult, tmp_path: Path) -> None:
+    """Masked tokens fall unevenly on the micro-batches, and answers are gathered from both ranks."""
+    words = [*layout.split(), "trainer.accelerator=cpu", "logging.loggers=[]"]
+    result = on_ranks(2, fit_here, "bert_lans_96k", words, tmp_path, "smoke")[0]
+    assert result.metrics == pytest.approx(smoke.metrics, abs=1e-6)
+    for ours, theirs in zip(logged(result), logged(smoke), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    names = ("predictions.json", "nbest_predictions.json")
+    mine, others = ([json.loads((run.run_dir / name).read_text()) for name in names] for run in (result, smoke))
+    assert mine[0] == others[0]
+    assert mine[1].keys() == others[1].keys()
+
+
+def logged(run: RunResult) -> list[dict[str, float]]:
+    """What the lines of metrics.jsonl say of training and validation."""
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name.startswith(("train/", "val/"))} for line in lines]
 
 
 @pytest.mark.slow
