@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Timing, compare, machine, result_file
+from timing import Timing, compare, device_name, save_result
 
 from lbzoo.data.loader import train_loader
 from lbzoo.data.masked_pairs import IGNORED
@@ -207,10 +207,6 @@ def verdict(holds: bool) -> str:
     return "holds" if holds else "MISSED"
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(0) if device == "cuda" else machine()
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "base", "large"), default="base")
@@ -234,9 +230,7 @@ def main() -> None:
     text = report(measure(arguments), arguments)
     print(text)
     if not arguments.dry_run:
-        path = result_file("bert_step", device_name(arguments.device))
-        path.write_text(text, encoding="utf-8")
-        print(path)
+        save_result("bert_step", text, arguments.device)
 
 
 if __name__ == "__main__":

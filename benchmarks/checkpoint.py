@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from gsnr import SIZES, make_model
-from timing import machine, result_file
+from timing import device_name, save_result
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -139,7 +139,7 @@ def _forget(path: Path) -> None:
 
 def report(found: Samples, size: int, training: Training) -> Iterator[str]:
     here, arguments = environment(), training.arguments
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
+    device = device_name(arguments.device)
     versions = ", ".join(f"{name} {here['packages'][name]}" for name in ("torch", "lbzoo") if name in here["packages"])
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     step = statistics.median(found.step)
@@ -198,11 +198,7 @@ def main() -> None:
     text = "\n".join(report(found, size, training)) + "\n"
     print(text)
     if not arguments.dry_run:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
-        path = result_file("checkpoint", device)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        print(f"written to {path}")
+        save_result("checkpoint", text, arguments.device)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 import engine_steps
 import torch
 from engine_steps import Measurement
-from timing import Timing, machine, result_file
+from timing import Timing, machine, save_result
 
 from lbzoo.engines import fit
 from lbzoo.engines.run_folder import environment
@@ -126,10 +126,7 @@ def main() -> None:
     text = report(rows, arguments)
     print(text)
     if not arguments.dry_run:
-        path = result_file("engines_cpu_time" if arguments.cpu_time else "engines", machine())
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        print(f"written to {path}")
+        save_result("engines_cpu_time" if arguments.cpu_time else "engines", text)
 
 
 if __name__ == "__main__":

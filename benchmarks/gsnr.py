@@ -23,7 +23,7 @@ from datetime import date
 from typing import Any
 
 import torch
-from timing import Timing, compare, machine, result_file
+from timing import Timing, compare, device_name, save_result
 from torch import Tensor, nn
 
 from lbzoo.engines.run_folder import environment
@@ -159,7 +159,7 @@ def recorded() -> Iterator[list[int]]:
 
 def report(timings: dict[str, Timing], parameters: int, arguments: argparse.Namespace) -> Iterator[str]:
     here = environment()
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
+    device = device_name(arguments.device)
     versions = ", ".join(f"{name} {here['packages'][name]}" for name in ("torch", "lbzoo") if name in here["packages"])
     yield f"# GradientStats on {device}"
     yield ""
@@ -219,11 +219,7 @@ def main() -> None:
     if missing:
         sys.exit(f"no sample without waiting for a core in {time.monotonic() - began:.0f} s: {', '.join(missing)}")
     if not arguments.dry_run:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
-        path = result_file("gsnr", device)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        print(f"written to {path}")
+        save_result("gsnr", text, arguments.device)
 
 
 if __name__ == "__main__":

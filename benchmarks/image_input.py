@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timing import Timing, compare, machine, result_file
+from timing import Timing, compare, device_name, machine, save_result
 
 from lbzoo.data import image_transforms
 from lbzoo.data.imagenet import ImageNet, collate_images
@@ -239,7 +239,7 @@ def report(arguments: argparse.Namespace, device: torch.device) -> str:
         spent = parts(alone)
     micro_batch, need = models_need(device, arguments.model_seconds)
     of_core = arguments.images / one_core[OURS].median
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    on = device_name(device.type)
     lines = [
         f"# Image input on {machine()}",
         "",
@@ -288,9 +288,7 @@ def main() -> None:
     text = report(arguments, device)
     print(text)
     if not arguments.dry_run:
-        path = result_file("image_input", torch.cuda.get_device_name(device) if device.type == "cuda" else machine())
-        path.write_text(text, encoding="utf-8")
-        print(f"written to {path}")
+        save_result("image_input", text, device.type)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from timing import Timing, machine, result_file
+from timing import Timing, machine, save_result
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -194,10 +194,7 @@ def main() -> None:
     text = report(measure(arguments.layers, arguments.rounds), arguments)
     print(text)
     if not arguments.dry_run:
-        path = result_file("monitoring", machine())
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        print(f"written to {path}")
+        save_result("monitoring", text)
 
 
 if __name__ == "__main__":

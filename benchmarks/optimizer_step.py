@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Timing, compare, machine, result_file
+from timing import Timing, compare, device_name, save_result
 from torch import Tensor, nn
 
 from lbzoo.engines.run_folder import environment
@@ -266,7 +266,7 @@ def markdown(reports: Sequence[Report], arguments: argparse.Namespace, seconds: 
 
 def _heading(arguments: argparse.Namespace, seconds: float) -> Iterator[str]:
     here = environment()
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
+    device = device_name(arguments.device)
     packages = ("torch", "timm", "pytorch_optimizer", "lbzoo")
     versions = ", ".join(f"{name} {here['packages'][name]}" for name in packages if name in here["packages"])
     missing = [model for model in ("resnet50", "bert-base", "bert-large") if model not in arguments.models]
@@ -359,11 +359,9 @@ def main(words: Sequence[str]) -> None:
     text = markdown(reports, arguments, time.monotonic() - began)
     if arguments.dry_run:
         return
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else machine()
-    path = result_file("optimizer_step_1_thread" if arguments.threads == 1 else "optimizer_step", device)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text + "\n")
-    print(f"\nwritten to benchmarks/results/{path.name}")
+    print()
+    benchmark = "optimizer_step_1_thread" if arguments.threads == 1 else "optimizer_step"
+    save_result(benchmark, text + "\n", arguments.device)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,23 @@ def machine() -> str:
     return f"{model}, {cores} cores"
 
 
+def device_name(device: str) -> str:
+    """What runs on ``device``, "cpu" or "cuda", in words."""
+    if device != "cuda":
+        return machine()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def save_result(benchmark: str, text: str, device: str = "cpu") -> None:
+    """Write the dated result file of this machine, and say where it is."""
+    path = result_file(benchmark, device_name(device))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"written to {path}")
+
+
 def result_file(benchmark: str, machine_name: str) -> Path:
     """``results/<benchmark>_<date>_<machine>.md`` beside this file."""
     words = "".join(letter if letter.isalnum() else " " for letter in machine_name.lower()).split()

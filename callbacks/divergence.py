@@ -24,6 +24,7 @@ from lbzoo.callbacks.optimizer_view import Layer, parameters, trained_layers, un
 from lbzoo.callbacks.rank_sum import RankSum
 from lbzoo.callbacks.trainer_view import TrainerView, at_least_one, coming_step, is_logged
 from lbzoo.errors import DivergedError, UsageError
+from lbzoo.ranks import has_other_ranks, is_first_rank
 from lbzoo.sharding import local, local_gradient
 
 _SETTLING = 20  # steps before a loss can be a spike
@@ -263,8 +264,7 @@ class Divergence(Callback):
         return Finding(step, reason, loss, self._loss.value, _of_all_ranks(losses), findings[:_WORST])
 
     def _report(self, finding: Finding) -> str:
-        is_first = not dist.is_initialized() or dist.get_rank() == 0
-        return self._on_bad_step(finding) if is_first else ""
+        return self._on_bad_step(finding) if is_first_rank() else ""
 
     def _error(self, what: str, finding: Finding) -> DivergedError:
         return DivergedError(f"{what} {finding}\n  {self._report(finding)}".rstrip(), step=finding.step)
@@ -326,7 +326,7 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
 
 def _of_all_ranks(losses: list[float]) -> list[list[float]]:
     """By rank. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not has_other_ranks():
         return [losses]
     by_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(by_rank, losses)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lbzoo.callbacks.optimizer_view import Layer
 from lbzoo.optim.layer_stats import LayerStats
+from lbzoo.precision import at_least_float32
 from lbzoo.sharding import ShardGroups, local, local_gradient, reduce_over_shards, shard_groups
 
 
@@ -83,7 +84,7 @@ class Measured:
     @torch.no_grad()
     def after_step(self) -> LayerStats:
         before, self._before = self._before, []
-        steps = [_at_least_float32(old) - local(new) for old, new in zip(before, self._parameters, strict=True)]
+        steps = [at_least_float32(old) - local(new) for old, new in zip(before, self._parameters, strict=True)]
         norm, step = _norms(self._parameters, [before, steps])
         lr = torch.tensor(self._lr, dtype=step.dtype, device=step.device)
         values = {
@@ -117,7 +118,3 @@ def over_shards(parameters: Sequence[Tensor], sums_RL: Tensor) -> Tensor:
     for groups, own in columns.items():
         sums_RL[:, own] = reduce_over_shards(sums_RL[:, own], groups)
     return sums_RL
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lbzoo.ranks import has_other_ranks
+
 
 class RankSum:
     """Adds up ``values`` over all ranks behind the training's back: neither host nor device waits until :meth:`read`.
@@ -15,8 +17,7 @@ class RankSum:
     """
 
     def __init__(self, values: Tensor) -> None:
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._work = dist.all_reduce(values, async_op=True) if several else None
+        self._work = dist.all_reduce(values, async_op=True) if has_other_ranks() else None
         self._copied: torch.cuda.Event | None = None
         if values.is_cuda:
             if self._work is not None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import from its own rank and from lower ones... except that parts of one rank do not know each other.
 RANKS = [
-    {"errors"},
+    {"errors", "precision", "ranks"},
     {"signatures"},
     {"registry", "sharding"},
     {"param_groups", "schedules", "scaling"},
@@ -24,7 +24,7 @@ RANKS = [
     {"cli"},
 ]
 RANK_OF = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
-TORCH_ONLY = {"optim", "gsnr", "sharding", "param_groups"}
+TORCH_ONLY = {"precision", "ranks", "optim", "gsnr", "sharding", "param_groups"}
 EXEMPT = {"__init__", "__main__"}  # lbzoo/__init__.py is lazy and names everything
 
 

@@ -19,6 +19,8 @@ from lbzoo.checkpoint.quiet import quiet
 from lbzoo.checkpoint.transformers_folder import is_transformers_folder, load_transformers_folder
 from lbzoo.errors import CheckpointError, did_you_mean
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 def load_checkpoint(
     path: Path,
@@ -34,13 +36,13 @@ def load_checkpoint(
 
     from lbzoo.checkpoint.reading import load_into
 
-    state = _read_supported(path)
-    _check_same_model(path, module)
+    state, stored = _read_supported(path), _stored(path)
     model_state, optimizer_state = get_state_dict(module, optimizer)
+    _require_same(path, _shapes(model_state), _below("model.", stored))
     target: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    _check_same_keys(path, target["optimizer"]["state"], "optimizer.state.", "optimizer state")
+    _check_has_optimizer_state(path, target["optimizer"]["state"], stored)
     if averages is not None:
-        _require_same(path, _shapes(averages), _stored_averages(path))
+        _require_same(path, _shapes(averages), _averages_in(stored, path))
         target["ema"] = dict(averages)
     with quiet():
         load_into(target, path)
@@ -60,8 +62,8 @@ def load_optimizer(path: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     _read_supported(path)
     target: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer))
     entries = {f"{name}.{key}": value for name, entry in target["state"].items() for key, value in entry.items()}
-    own = {name: tuple(getattr(value, "shape", ())) for name, value in entries.items()}
-    _require_same(path, own, _stored(path, "optimizer.state."), what="the state of another optimizer or model")
+    what = "the state of another optimizer or model"
+    _require_same(path, _shapes(entries), _below("optimizer.state.", _stored(path)), what=what)
     state: dict[str, Any] = {"optimizer": {"state": target["state"]}}
     with quiet():
         load_into(state, path)
@@ -97,32 +99,33 @@ def load_weights(path: Path, module: nn.Module, *, averaged: bool = False) -> No
     from lbzoo.checkpoint.reading import load_into
 
     _read_supported(path)
-    _check_same_model(path, module)
-    target = {"model": get_model_state_dict(module)}
+    stored, target = _stored(path), {"model": get_model_state_dict(module)}
+    _require_same(path, _shapes(target["model"]), _below("model.", stored))
     with quiet():
         load_into(target, path)
     set_model_state_dict(module, target["model"])
     if averaged:
-        _load_averages(path, module)
+        _load_averages(path, module, _averages_in(stored, path))
 
 
-def _load_averages(path: Path, module: nn.Module) -> None:
+def _load_averages(path: Path, module: nn.Module, names: Iterable[str]) -> None:
     from lbzoo.checkpoint.reading import load_into
 
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with quiet():
-        load_into({"ema": {name: own[name].detach() for name in _stored_averages(path)}}, path)
+        load_into({"ema": {name: own[name].detach() for name in names}}, path)
 
 
-def _stored_averages(path: Path) -> dict[str, tuple[int, ...]]:
-    stored = _stored(path, "ema.")
-    if not stored:
+def _averages_in(stored: Shapes, path: Path) -> Shapes:
+    averages = _below("ema.", stored)
+    if not averages:
         raise CheckpointError(f"{path} holds no averages of the weights: it was saved without trainer.ema")
-    return stored
+    return averages
 
 
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _shapes(values: Mapping[str, Any]) -> Shapes:
+    """Of tensors; () for what is not one."""
+    return {name: tuple(getattr(value, "shape", ())) for name, value in values.items()}
 
 
 def _load_weights_file(path: Path, module: nn.Module) -> None:
@@ -148,37 +151,29 @@ def _read_supported(path: Path) -> dict[str, Any]:
     return state
 
 
-def _stored(path: Path, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Names below ``prefix`` with their shapes (() for what is not a tensor), from the checkpoint's metadata."""
+def _stored(path: Path) -> Shapes:
+    """Everything that the checkpoint's table of contents names."""
     from lbzoo.checkpoint.reading import read_metadata
 
     entries = read_metadata(path).state_dict_metadata
-    return {n[len(prefix) :]: tuple(getattr(e, "size", ())) for n, e in entries.items() if n.startswith(prefix)}
+    return {name: tuple(getattr(entry, "size", ())) for name, entry in entries.items()}
 
 
-def _check_same_model(path: Path, module: nn.Module) -> None:
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    own = {name: tuple(getattr(value, "shape", ())) for name, value in get_model_state_dict(module).items()}
-    _require_same(path, own, _stored(path, "model."))
+def _below(prefix: str, stored: Shapes) -> Shapes:
+    return {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
 
 
-def _check_same_keys(path: Path, own: Mapping[str, Mapping[str, Any]], prefix: str, what: str) -> None:
-    stored = _stored(path, prefix)
-    missing = [f"{name}.{key}" for name, entry in own.items() for key in entry if f"{name}.{key}" not in stored]
+def _check_has_optimizer_state(path: Path, own: Mapping[str, Mapping[str, Any]], stored: Shapes) -> None:
+    names = (f"{name}.{key}" for name, entry in own.items() for key in entry)
+    missing = [name for name in names if f"optimizer.state.{name}" not in stored]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} values of this run's {what}, the first is '{missing[0]}': it was saved with "
-            "another optimizer; start from its weights alone with --init-from"
+            f"{path} lacks {len(missing)} values of this run's optimizer state, the first is '{missing[0]}': it was "
+            "saved with another optimizer; start from its weights alone with --init-from"
         )
 
 
-def _require_same(
-    path: Path,
-    own: Mapping[str, tuple[int, ...]],
-    stored: Mapping[str, tuple[int, ...]],
-    what: str = "another model",
-) -> None:
+def _require_same(path: Path, own: Shapes, stored: Shapes, what: str = "another model") -> None:
     problems = [f"'{n}' is missing{did_you_mean(n, stored, limit=0)}" for n in _first(own.keys() - stored.keys())]
     problems += [f"'{n}' is not in this model" for n in _first(stored.keys() - own.keys())]
     differing = [n for n in own.keys() & stored.keys() if own[n] != stored[n]]

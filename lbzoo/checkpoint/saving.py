@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from lbzoo.checkpoint.folder import CALLBACKS_FILE, FORMAT, STATE_FILE
 from lbzoo.checkpoint.quiet import quiet
 from lbzoo.errors import CheckpointError
+from lbzoo.ranks import has_other_ranks, is_first_rank
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def write(
             dcp.save(content.tensors, checkpoint_id=beside, process_group=group)
         _on_first_rank(finish, group)
     except (CheckpointException, _FirstRankError) as error:
-        if _rank() == 0:
+        if is_first_rank():
             shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
         raise CheckpointError(f"{path} could not be written: {_cause(error)}") from error
 
@@ -225,12 +226,12 @@ class _FirstRankError(Exception):
 def _on_first_rank(function: Callable[[], None], group: ProcessGroup | None) -> None:
     """Call it there; what it raises is raised on every rank. Nobody goes on before it is done."""
     problem: list[str | None] = [None]
-    if _rank() == 0:
+    if is_first_rank():
         try:
             function()
         except Exception as error:
             problem[0] = _cause(error)
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if has_other_ranks():
         dist.broadcast_object_list(problem, src=0, group=group)
     if problem[0] is not None:
         raise _FirstRankError(problem[0])
@@ -244,7 +245,3 @@ def _cause(error: BaseException) -> str:
 
         return first_failure(error)
     return str(error) or type(error).__name__
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, VOCABULARY_FILE = "manifest.json", "vocab.txt"
 TOKEN_TYPE = "<u2"
-LARGEST_VOCABULARY = 1 << 16
+LARGEST_VOCABULARY = LONGEST_SEQUENCE = 1 << 16
 _GROUP_TOKENS = 1 << 17  # a quarter of a MiB of tokens: read in well under a millisecond
 _OPEN_FILES = 64
 
@@ -201,7 +201,10 @@ class TokenShards:
         try:
             return self._file(shard, path).read_row_group(group, use_threads=False)
         except (OSError, ValueError, IndexError) as error:  # pyarrow's errors are of these kinds
-            raise DataError(f"cannot read row group {group} of {path}: {error}") from error
+            raise DataError(
+                f"cannot read row group {group} of {path}: {error}; take the file away and run lbzoo prepare bert "
+                "again with the same options"
+            ) from error
 
     def _file(self, shard: int, path: Path) -> pq.ParquetFile:
         if shard not in self._files:

@@ -74,13 +74,20 @@ class WikiBooks(HasVocabulary, DataSource):
                 f"is {self.vocab_size:,}; set data.vocab_size={manifest.vocab_size} in every stage, or prepare it again"
             )
         splits = manifest.shards[str(self.seq_len)]
-        problems = [] if self.vocabulary.digest == manifest.vocab_sha256 else [f"{VOCABULARY_FILE} was changed"]
+        problems = self._vocabulary_problems(manifest)
         for shards in splits.values():
             problems += shard_problems(folder, shards, seq_len=self.seq_len, vocab_sha256=manifest.vocab_sha256)
         if problems:
             more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise unusable(f"the shards in {folder}", [*problems[:_SHOWN], *more], _HOW_TO_MEND_IT)
         self._counts = len(self._rows("train")), len(self._rows("val"))
+
+    def _vocabulary_problems(self, manifest: Manifest) -> list[str]:
+        try:
+            same = self.vocabulary.digest == manifest.vocab_sha256
+        except DataError as error:
+            return [str(error)]
+        return [] if same else [f"{VOCABULARY_FILE} was changed"]
 
     def train_dataset(self, *, seed: int = 0) -> MaskedPairs:
         return self._pairs("train", seed)
@@ -119,7 +126,7 @@ class WikiBooks(HasVocabulary, DataSource):
         )
 
 
-_HOW_TO_MEND_IT = "Take these files away and run lbzoo prepare bert again with the same options: it makes them anew."
+_HOW_TO_MEND_IT = "Run lbzoo prepare bert again with the same options: it makes them anew."
 _HOW_TO_GET_IT = f"""\
 Make it of text files (documents apart by blank lines) or of parquet files with a column `text`:
   lbzoo prepare bert --input TEXTS --out FOLDER --vocab vocab.txt

@@ -50,6 +50,15 @@ class Vocabulary:
         content = "\n".join((*self.tokens, f"lowercase={self.lowercase}"))
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def difference(self, other: Vocabulary) -> str:
+        """What sets the two apart, in words; nothing where they are equal."""
+        if len(self) != len(other):
+            return f"{len(self):,} tokens against {len(other):,}"
+        for number, (own, theirs) in enumerate(zip(self.tokens, other.tokens, strict=True)):
+            if own != theirs:
+                return f"token {number} is '{own}' in one and '{theirs}' in the other"
+        return "" if self.lowercase == other.lowercase else "one lower-cases text, the other does not"
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Text to ids with BERT's rules; adds no special tokens, and knows where in the text each token stands."""
@@ -91,12 +100,13 @@ class HasVocabulary(ABC):
 def read_vocabulary(path: Path, *, lowercase: bool = True) -> Vocabulary:
     """Read a vocabulary file. Raises DataError where it is none, naming file and line."""
     try:
-        tokens = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also divides at characters that are tokens of some vocabularies.
+        tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the vocabulary {path}: {error}") from error
     lines: dict[str, int] = {}
     for number, token in enumerate(tokens, start=1):
-        if not token or token.isspace():
+        if not token.strip(" \t"):
             raise DataError(f"{path}:{number}: an empty line; a vocabulary has one token a line")
         if token in lines:
             raise DataError(f"{path}:{number}: '{token}' stands in line {lines[token]} already")

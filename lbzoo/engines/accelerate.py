@@ -27,7 +27,7 @@ from lbzoo.engines.hooks import Hooks
 from lbzoo.engines.launch import World
 from lbzoo.engines.loop import Loop
 from lbzoo.engines.loop_trainer import LoopTrainer
-from lbzoo.engines.sharded_model import set_reduction, shard
+from lbzoo.engines.sharded_model import shard, without_reduction
 from lbzoo.engines.stage_run import StageRun
 from lbzoo.engines.trainer_setup import quiet_lightning
 from lbzoo.errors import LbzooError, UsageError
@@ -150,7 +150,7 @@ class AccelerateMachine:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def accumulating(self) -> AbstractContextManager[None]:
-        return self._without_reduction() if self._is_sharded else self._accelerator.no_sync(self.model)
+        return without_reduction(self._module) if self._is_sharded else self._accelerator.no_sync(self.model)
 
     def step(self, closure: Any, with_gradients: Any) -> None:
         if self.scaler is None:
@@ -195,14 +195,6 @@ class AccelerateMachine:
             yield
         finally:
             restore()
-
-    @contextmanager
-    def _without_reduction(self) -> Iterator[None]:
-        set_reduction(self._module, is_last=False)
-        try:
-            yield
-        finally:
-            set_reduction(self._module, is_last=True)
 
 
 def _set_up(trainer: LoopTrainer, machine: AccelerateMachine, hooks: Hooks) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from lbzoo.callbacks.trainer_view import TrainerView
 from lbzoo.data.base import Samples
 from lbzoo.data.loader import Loader
+from lbzoo.ranks import has_other_ranks
 from lbzoo.tasks.base import Task
 
 CountItems = Callable[[Any], Mapping[str, int | Tensor]]
@@ -96,8 +97,7 @@ class _Counts:
         self._kinds = list(of_micro_batches[0])
         rows = [[int(counts[kind]) for kind in self._kinds] for counts in of_micro_batches]
         self._totals = torch.tensor(rows, dtype=torch.int64).sum(dim=0)
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._work = dist.all_reduce(self._totals, async_op=True) if several else None
+        self._work = dist.all_reduce(self._totals, async_op=True) if has_other_ranks() else None
 
     def mean(self, micro_batches: int) -> dict[str, float]:
         """By kind, over all micro-batches of all ranks."""

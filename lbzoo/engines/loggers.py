@@ -7,7 +7,6 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +16,7 @@ from lbzoo.engines.log_fault import LogFault
 from lbzoo.engines.metrics_file import MetricsFile
 from lbzoo.engines.run_folder import RunFolder
 from lbzoo.errors import LbzooError, UsageError
+from lbzoo.ranks import is_first_rank
 from lbzoo.recipe import ResolvedRecipe
 
 
@@ -28,7 +28,7 @@ def build_loggers(
     describe_step: Callable[[int], Mapping[str, Any]],
 ) -> list[Logger]:
     """``metrics.jsonl`` always, and the recipe's. After a resume each step stands once in every log."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first_rank():
         _cut_back(run, resume_step)
     loggers: list[Logger] = [MetricsFile(run.metrics_file, resume_step, describe_step)]
     for name in recipe.logging.loggers:

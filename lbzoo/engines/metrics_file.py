@@ -109,8 +109,9 @@ def _reopen(path: Path, resume_step: int) -> tuple[dict[str, Any], int, int, flo
     """
     if not path.exists():
         return {}, 0, 0, 0.0
-    before = [line for line in read_metrics(path) if line.get("step", 0) < resume_step]
-    last = next((line for line in read_metrics(path) if line.get("step") == resume_step), {})
+    lines = read_metrics(path)
+    before = [line for line in lines if line.get("step", 0) < resume_step]
+    last = next((line for line in lines if line.get("step") == resume_step), {})
     text = "".join(json.dumps(line) + "\n" for line in before)
     whole = text + (json.dumps(last) + "\n" if last else "")
     beside = path.with_name(path.name + ".tmp")

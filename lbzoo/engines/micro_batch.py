@@ -25,6 +25,7 @@ from lbzoo.engines.launch import World
 from lbzoo.engines.stages import build_module
 from lbzoo.errors import LbzooError
 from lbzoo.optim import get_optimizer_info
+from lbzoo.ranks import has_other_ranks
 from lbzoo.recipe import ResolvedRecipe, Stage
 from lbzoo.recipe.planning import collects_gradient_stats, model_size
 
@@ -201,7 +202,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _all_ranks(fitted: bool) -> bool:
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_other_ranks():
         return fitted
     flag = torch.tensor(int(fitted))
     dist.all_reduce(flag, dist.ReduceOp.MIN)  # on the CPU's back-end

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lbzoo import scaling
 from lbzoo.checkpoint.folder import read_state, resolve_checkpoint
+from lbzoo.data.wordpiece import HasVocabulary
 from lbzoo.engines.accelerate_config import check_accelerate
 from lbzoo.engines.launch import (
     RUN_FOLDER_VARIABLE,
@@ -233,6 +235,7 @@ def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> tup
             counts[stage.name] = found
             _say_once(world, say, f"note: {stage.data.name} has {found:,} training samples here, not the usual "
                       f"{stage.num_train:,}: epochs are counted with these")  # fmt: skip
+    _check_vocabularies(sources)
     resolved = with_sample_counts(resolved, counts) if counts else resolved
     for stage in resolved.stages:
         scaling.accumulation(
@@ -241,6 +244,16 @@ def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> tup
             world_size=world.world_size,
         )
     return resolved, sources
+
+
+def _check_vocabularies(sources: Sources) -> None:
+    """A stage starts from the weights of the one before, in which an id means the token that it meant there."""
+    known = [(name, source.vocabulary) for name, source in sources.items() if isinstance(source, HasVocabulary)]
+    for (before, theirs), (name, vocabulary) in pairwise(known):
+        if difference := theirs.difference(vocabulary):
+            raise DataError(
+                f"stage '{name}' starts from the weights of stage '{before}', but has another vocabulary: {difference}"
+            )
 
 
 def _weights_path(init_from: str | Path | None) -> Path | None:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lbzoo.ranks import has_other_ranks
+
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:
     """Every BatchNorm's running mean and variance, by the name of the buffer."""
@@ -34,7 +36,7 @@ def average_running_statistics(module: nn.Module) -> None:
 def average_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over all ranks: one all-reduce in float32 at least, none without tensors."""
     tensors = list(tensors)
-    if not tensors or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not tensors or not has_other_ranks():
         return
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     flat = torch.cat([tensor.detach().to(dtype).view(-1) for tensor in tensors])

@@ -7,7 +7,8 @@ lies on another mesh, would train on without a word.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -70,14 +71,22 @@ def free_gathered_weights(module: nn.Module) -> None:
         unit.reshard()
 
 
-def set_reduction(module: nn.Module, *, is_last: bool) -> None:
-    """Whether the coming backward pass reduces its gradients; call it before each micro-batch of a step.
+@contextmanager
+def without_reduction(module: nn.Module) -> Generator[None, None, None]:
+    """Around each micro-batch of a step but the last: its backward pass does not reduce the gradients.
 
-    The last one does. The others add up the whole gradient on every rank, which saves their communication, unless
-    gradient statistics are being collected: those need every micro-batch's.
+    They add up to the whole gradient on every rank, which saves their communication, unless gradient statistics are
+    being collected: those need every micro-batch's.
     """
     stats = attached_stats(module)
-    reduces = is_last or (stats is not None and stats.is_collecting)
+    _set_reduction(module, stats is not None and stats.is_collecting)
+    try:
+        yield
+    finally:
+        _set_reduction(module, True)
+
+
+def _set_reduction(module: nn.Module, reduces: bool) -> None:
     for unit in sharded_units(module):
         unit.set_requires_gradient_sync(reduces, recurse=False)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lbzoo.callbacks.optimizer_view import parameters
 from lbzoo.engines.launch import World
-from lbzoo.engines.sharded_model import set_reduction, shard
+from lbzoo.engines.sharded_model import shard, without_reduction
 from lbzoo.recipe.schema import TrainerSettings
 from lbzoo.sharding import clip_grad_norm_
 from lbzoo.tasks.base import Task
@@ -63,13 +63,9 @@ class ShardedStrategy(ParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Around each micro-batch of a step but the last."""
         assert self.model is not None
-        set_reduction(self.model, is_last=False)
-        try:
+        with without_reduction(self.model):
             yield
-        finally:
-            set_reduction(self.model, is_last=True)
 
     def barrier(self, name: str | None = None) -> None:
         dist.barrier()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lbzoo.engines.launch import stop_signals
+from lbzoo.ranks import has_other_ranks, is_first_rank
 from lbzoo.recipe.schema import RequeueSignal
 
 # Seconds within which a second SIGTERM is the first one again: where a launcher is killed, the kernel tells its workers
@@ -64,13 +65,13 @@ class StopSignals:
             self._on_second(signum)
             os._exit(128 + signum)
         self._received, self._received_at = signum, time.monotonic()
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first_rank():
             what = "saving a checkpoint and leaving; once more leaves at once"
             os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())
 
     def agreed(self) -> int:
         """The signal that all ranks stop for after this optimizer step, or 0. Call it once a step on every rank."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not has_other_ranks():
             return self._received
         agreed = 0
         if self._pending is not None:

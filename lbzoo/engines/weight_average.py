@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lbzoo.callbacks.trainer_view import TrainerView, steps_done_in_stage
 from lbzoo.engines.running_statistics import average_over_ranks, running_statistics
 from lbzoo.engines.sharded_model import free_gathered_weights
+from lbzoo.precision import at_least_float32
 from lbzoo.recipe import EmaSettings
 from lbzoo.sharding import local_parts
 
@@ -33,7 +34,7 @@ class WeightAverage:
         self._module, self._decay, self._every_steps = module, decay, every_steps
         trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self._averaged: dict[str, Tensor] = {**trained, **running_statistics(module)}
-        self.averages = {name: _at_least_float32(tensor) for name, tensor in self._averaged.items()}
+        self.averages = {name: at_least_float32(tensor.detach(), copy=True) for name, tensor in self._averaged.items()}
         self._replaced: dict[str, Tensor] = {}  # weights of lower precision, while their averages are in their place
 
     def decay_at(self, step: int) -> float:
@@ -117,7 +118,3 @@ class AverageWeights(Callback):
     def on_validation_end(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         if self._average is not None and self._settings.in_validation:
             self._average.exchange()
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

@@ -15,6 +15,7 @@ from lbzoo.gsnr.ddp import DDPBackend
 from lbzoo.gsnr.fsdp import FSDPBackend
 from lbzoo.gsnr.local import LocalBackend, Switch
 from lbzoo.gsnr.sums import GradientSums
+from lbzoo.ranks import has_other_ranks
 from lbzoo.sharding import data_parallel_ranks, is_sharded, refuse_flat_parameter
 
 
@@ -61,7 +62,7 @@ def backend_for(model: nn.Module, all_sums: list[GradientSums]) -> tuple[MakeBac
         if not any(isinstance(module, FSDPModule) for module in model.modules()):
             raise UsageError("GradientStats: the parameters are sharded, but not by fully_shard (FSDP2)")
         return lambda pool: FSDPBackend(model, all_sums, pool), data_parallel_ranks(sharded)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if has_other_ranks():
         raise UsageError(
             f"GradientStats was given a bare module in a process group of {dist.get_world_size()} ranks, whose other "
             "gradients it would not see: give it what is trained, the DistributedDataParallel around the module or the "

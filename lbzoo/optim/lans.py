@@ -126,8 +126,8 @@ class Lans(LayerwiseOptimizer):
     def _passes(self, batch: Batch) -> Passes:
         group = batch.group
         compiled = group.get("compile", False) and on_eager_cpu(batch.params) and not self.track_layer_stats
-        make: Any = CompiledPasses if compiled else Passes
-        passes: Passes = make(
+        passes = CompiledPasses if compiled else Passes
+        return passes(
             batch.params,
             batch.grads,
             batch.state("exp_avg"),
@@ -138,4 +138,3 @@ class Lans(LayerwiseOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        return passes

@@ -22,6 +22,7 @@ from lbzoo.data.rng import stable_rng
 from lbzoo.data.sentence_pairs import sentence_pairs
 from lbzoo.data.token_shards import (
     LARGEST_VOCABULARY,
+    LONGEST_SEQUENCE,
     MANIFEST,
     VOCABULARY_FILE,
     Manifest,
@@ -32,7 +33,7 @@ from lbzoo.data.token_shards import (
     write_shard,
 )
 from lbzoo.data.wordpiece import Vocabulary, read_vocabulary, refuse_unknown, train_vocabulary
-from lbzoo.errors import DataError, UsageError
+from lbzoo.errors import DataError, LbzooError, UsageError
 from lbzoo.prepare.documents import Corpus, find_corpus, read_documents
 from lbzoo.prepare.jobs import Job, Progress, default_processes, run_jobs
 from lbzoo.prepare.tokenized_pieces import Dealing, PieceFacts, read_facts, read_shard, tokenize_piece
@@ -66,10 +67,17 @@ def prepare_bert(
 ) -> Manifest:
     """Make ``text.out`` of ``text.source`` and return its manifest; a folder that is finished already is only checked.
 
-    Raises UsageError for options that do not fit, also not to what the folder holds already, and DataError for a text
-    or a vocabulary that cannot be used.
+    Raises UsageError for options that do not fit, also not to what the folder holds already, DataError for a text or
+    a vocabulary that cannot be used, and LbzooError where the folder cannot be written to.
     """
     _check(text)
+    try:
+        return _prepare(text, processes or default_processes(), progress)
+    except OSError as error:  # a full disk
+        raise LbzooError(f"{text.out}: {error}; what is finished stays, and the same command goes on") from error
+
+
+def _prepare(text: BertText, processes: int, progress: Progress) -> Manifest:
     corpus = find_corpus(text.source)
     work = text.out / WORK
     settings = _settings(text, corpus)
@@ -79,7 +87,6 @@ def prepare_bert(
     vocabulary = _vocabulary(text, corpus)
     (text.out / MANIFEST).unlink(missing_ok=True)
     dealing = Dealing(text.seed, max(-(-corpus.size // text.shard_bytes), 1) + 1, text.validation)
-    processes = processes or default_processes()
     pieces = [work / f"piece-{number:05}.arrow" for number in range(len(corpus.pieces))]
     tokenize: list[Job] = [
         partial(tokenize_piece, piece, number, vocabulary, dealing, path)
@@ -91,7 +98,8 @@ def prepare_bert(
     for path in pieces:
         facts.add(read_facts(path))
     if facts.documents < 2:
-        raise DataError(f"{text.source} holds {facts.documents} documents, and pairs of sentences need two: {facts}")
+        skipped = "; ".join(["", *facts.skipped_at])
+        raise DataError(f"{text.source} holds {facts.documents} documents, and pairs of sentences need two{skipped}")
     make: list[Job] = [
         partial(_make_shard, text, vocabulary, dealing, pieces, shard, seq_len)
         for shard in range(dealing.shards)
@@ -112,8 +120,14 @@ def _check(text: BertText) -> None:
         raise UsageError(f"the part for validation must lie between 0 and 1, got {text.validation}")
     if isinstance(text.vocabulary, int) and text.vocabulary > LARGEST_VOCABULARY:
         raise UsageError(f"a vocabulary has at most {LARGEST_VOCABULARY:,} tokens, got {text.vocabulary:,}")
-    if text.out.resolve() == text.source.resolve():
-        raise UsageError(f"{text.out} is the folder of the text itself; name another for the shards")
+    if max(text.seq_lens) > LONGEST_SEQUENCE:
+        raise UsageError(f"a sequence has at most {LONGEST_SEQUENCE:,} tokens, got {max(text.seq_lens):,}")
+    if not 0 <= text.seed < 1 << 32:
+        raise UsageError(f"the seed must lie between 0 and 2^32 - 1, got {text.seed}")
+    if text.out.resolve().is_relative_to(text.source.resolve()):
+        raise UsageError(f"{text.out} lies in the folder of the text itself; name one outside of it for the shards")
+    if text.out.exists() and not text.out.is_dir():
+        raise UsageError(f"{text.out} is a file; name a folder for the shards")
 
 
 def _settings(text: BertText, corpus: Corpus) -> dict[str, Any]:
@@ -133,7 +147,10 @@ def _settings(text: BertText, corpus: Corpus) -> dict[str, Any]:
 
 
 def _finished(text: BertText, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of a folder that holds all that is wanted; files that are damaged are taken away."""
+    """The manifest of a folder that holds all that is wanted; files that are damaged are taken away.
+
+    The vocabulary is one of them: without it the shards say nothing.
+    """
     if not (text.out / MANIFEST).is_file():
         return None
     manifest = read_manifest(text.out)
@@ -145,9 +162,19 @@ def _finished(text: BertText, settings: dict[str, Any]) -> Manifest | None:
         for shard in shards
         if shard_problems(text.out, [shard], seq_len=int(seq_len), vocab_sha256=manifest.vocab_sha256)
     ]
+    if not _is_vocabulary(text.out / VOCABULARY_FILE, manifest):
+        damaged.append(VOCABULARY_FILE)
     for file in damaged:
         (text.out / file).unlink(missing_ok=True)
     return None if damaged else manifest
+
+
+def _is_vocabulary(path: Path, manifest: Manifest) -> bool:
+    """Whether the shards were made with what this file holds."""
+    try:
+        return read_vocabulary(path, lowercase=manifest.lowercase).digest == manifest.vocab_sha256
+    except DataError:
+        return False
 
 
 def _begin(work: Path, settings: dict[str, Any]) -> None:

@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from lbzoo.data.extras import extra
 from lbzoo.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PIECE_BYTES = 32 << 20
 TEXT_SUFFIXES = (".txt", ".text", "")
 PARQUET_SUFFIX, TEXT_COLUMN = ".parquet", "text"
 LONGEST_DOCUMENT = 16 << 20  # bytes; more is a file without blank lines
+_NO_UTF8 = "no UTF-8 text"
 
 _SENTENCE_END = re.compile(r"""(?<=[.!?]["')\]]) +(?=["'(\[]?[A-Z0-9])|(?<=[.!?]) +(?=["'(\[]?[A-Z0-9])""")
 
@@ -56,12 +60,15 @@ class Corpus:
 
 
 def find_corpus(folder: Path) -> Corpus:
-    """The text and parquet files in a folder and below it, or one file. Raises DataError where there are none."""
+    """The text and parquet files in a folder and below it, or one file; hidden ones are left out.
+
+    Raises DataError where there are none, or nothing is in them.
+    """
     if not folder.exists():
         raise DataError(f"there is no '{folder}'")
     root = folder if folder.is_dir() else folder.parent
     entries = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    files = [path for path in entries if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in entries if path.is_file() and not _is_hidden(path.relative_to(root))]
     taken = [path for path in files if path.suffix in (*TEXT_SUFFIXES, PARQUET_SUFFIX)]
     if not taken:
         others = sorted({path.suffix for path in files})
@@ -72,18 +79,27 @@ def find_corpus(folder: Path) -> Corpus:
         parts, length = _parquet_pieces(path) if path.suffix == PARQUET_SUFFIX else _text_pieces(path)
         pieces += parts
         size += length
+    if not pieces:
+        raise DataError(f"there is no text in {folder}: {len(taken)} files, all empty")
     return Corpus({str(path.relative_to(root)): path.stat().st_size for path in taken}, pieces, size)
 
 
 def read_documents(piece: Piece) -> Iterator[RawDocument]:
-    """The documents that begin in a piece; bad ones come with their problem."""
-    return _parquet_documents(piece) if piece.is_parquet else _text_documents(piece)
+    """The documents that begin in a piece; bad ones come with their problem. Raises DataError for a damaged file."""
+    try:
+        yield from _parquet_documents(piece) if piece.is_parquet else _text_documents(piece)
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        raise DataError(f"cannot read {piece.path}: {error}") from error
 
 
 def sentences(text: str) -> list[str]:
     """A document's sentences: a line is one, or several where it has full stops before capitals or digits."""
     found = [sentence.strip() for line in text.splitlines() for sentence in _SENTENCE_END.split(line)]
     return [sentence for sentence in found if sentence]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _text_pieces(path: Path) -> tuple[list[Piece], int]:
@@ -143,7 +159,7 @@ def _decoded(block: list[bytes], length: int, first: int, lines: _Lines) -> RawD
         return RawDocument(partial(lines.place, first), content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = first + content.count(b"\n", 0, error.start)
-        return RawDocument(partial(lines.place, line), problem="no UTF-8 text")
+        return RawDocument(partial(lines.place, line), problem=_NO_UTF8)
 
 
 def _line_begin(file: IO[bytes], begin: int) -> int:
@@ -188,12 +204,18 @@ def _parquet_documents(piece: Piece) -> Iterator[RawDocument]:
         row = sum(file.metadata.row_group(group).num_rows for group in range(piece.begin))
         for group in range(piece.begin, piece.end):
             column = file.read_row_group(group, columns=[TEXT_COLUMN], use_threads=False).column(TEXT_COLUMN)
-            for text in column.to_pylist():
+            for value in column:
                 row += 1
-                place = f"{piece.path}:{row}".__str__
-                if not isinstance(text, str):
-                    yield RawDocument(place, problem="no text")
-                elif len(text) > LONGEST_DOCUMENT:
-                    yield RawDocument(place, problem=f"longer than {LONGEST_DOCUMENT >> 20} MiB")
-                else:
-                    yield RawDocument(place, text)
+                yield _parquet_document(value, f"{piece.path}:{row}".__str__)
+
+
+def _parquet_document(value: pa.Scalar, place: Callable[[], str]) -> RawDocument:
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError:  # parquet says that its strings are UTF-8, and nobody checks
+        return RawDocument(place, problem=_NO_UTF8)
+    if not isinstance(text, str):
+        return RawDocument(place, problem="no text")
+    if len(text) > LONGEST_DOCUMENT:
+        return RawDocument(place, problem=f"longer than {LONGEST_DOCUMENT >> 20} MiB")
+    return RawDocument(place, text)

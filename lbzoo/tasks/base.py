@@ -66,6 +66,11 @@ class Task(LightningModule):
         scheduler = LambdaLR(optimizer, lambda done: multiplier(done + 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def log_validation(self, values: Mapping[str, float | Tensor]) -> None:
+        """Log what a validation came to, as ``val/...``, from ``on_validation_epoch_end``; equal on every rank."""
+        # sync_dist changes nothing, and keeps Lightning from warning that they may differ.
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+
     def count_items(self, batch: Any) -> dict[str, int | Tensor]:
         """The items in a micro-batch, by kind, whose number differs from one micro-batch to the next.
 

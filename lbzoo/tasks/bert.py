@@ -78,7 +78,7 @@ class BertTask(Task):
         except Exception as error:  # safetensors has a class of its own for damage
             raise CheckpointError(f"cannot load the weights in {folder}: {error}") from error
         fresh = sorted(report["missing_keys"])
-        if any(name.startswith("bert.encoder.") for name in fresh):
+        if any(name.startswith(("bert.embeddings.", "bert.encoder.")) for name in fresh):
             raise CheckpointError(f"{folder} lacks weights of the encoder, the first is '{fresh[0]}'")
         if loaded.config.vocab_size != self.model.config.vocab_size:
             loaded.resize_token_embeddings(self.model.config.vocab_size, mean_resizing=False)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lbzoo.data.masked_pairs import IGNORED
+from lbzoo.precision import at_least_float32
 from lbzoo.registry import register_task
 from lbzoo.tasks.bert import BertTask
 from lbzoo.tasks.pretraining_metrics import PretrainingMetrics
@@ -61,13 +62,9 @@ class BertPretraining(BertTask):
         self.metrics.update(mlm_logits, batch["masked_labels"], nsp_logits, batch["next_sentence_label"])
 
     def on_validation_epoch_end(self) -> None:
-        # The metrics are equal on every rank already; sync_dist keeps Lightning from warning that they may not be.
-        values = {f"val/{name}": value.float() for name, value in self.metrics.compute().items()}
-        self.log_dict(values, sync_dist=True)
+        self.log_validation({name: value.float() for name, value in self.metrics.compute().items()})
         self.metrics.reset()
 
 
 def _sum_of_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """In float32 at least: half precision would lose more than it has."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(at_least_float32(logits), labels, ignore_index=IGNORED, reduction="sum")

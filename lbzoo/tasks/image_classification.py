@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lbzoo.data.extras import extra
 from lbzoo.errors import UnknownNameError, UsageError
+from lbzoo.precision import at_least_float32
 from lbzoo.registry import models, register_task
 from lbzoo.tasks.base import Task
 from lbzoo.tasks.classification_metrics import ClassificationMetrics
@@ -85,7 +86,7 @@ class ImageClassification(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(_at_least_float32(self(images)), labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(at_least_float32(self(images)), labels, label_smoothing=self.label_smoothing)
         if self.l2_regularization:
             loss = loss + 0.5 * self.l2_regularization * sum(p.square().sum() for p in self._regularized())
         return loss
@@ -95,9 +96,7 @@ class ImageClassification(Task):
         self.metrics.update(self(images), labels)
 
     def on_validation_epoch_end(self) -> None:
-        # The metrics are equal on every rank already; sync_dist keeps Lightning from warning that they may not be.
-        values = {f"val/{name}": value.float() for name, value in self.metrics.compute().items()}
-        self.log_dict(values, sync_dist=True)
+        self.log_validation({name: value.float() for name, value in self.metrics.compute().items()})
         self.metrics.reset()
 
     def _register_pixel(self, name: str, channels: int, values: Any) -> None:
@@ -130,8 +129,3 @@ def _timm_factory(name: str) -> Callable[..., nn.Module]:
     if not timm.is_model(name):
         raise UnknownNameError("model", name, [*models.names(), *timm.list_models()])
     return partial(timm.create_model, name, pretrained=False)
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    """Cross-entropy in half precision would lose more than it has."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

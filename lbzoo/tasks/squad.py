@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lbzoo.errors import UsageError
+from lbzoo.ranks import has_other_ranks
 from lbzoo.registry import register_task
 from lbzoo.tasks.bert import BertTask
 from lbzoo.tasks.squad_answers import Answer, AnswerSearch, probabilities
@@ -75,15 +76,13 @@ class SquadTask(BertTask):
         best = {question: self.search.best(answers) for question, answers in found.items()}
         self.predictions = {question: answers[0].text if answers else "" for question, answers in best.items()}
         self.n_best_predictions = {question: _as_json(answers) for question, answers in best.items()}
-        scores = squad_scores(self.predictions, right)
-        # Equal on every rank already; sync_dist keeps Lightning from warning that they may not be.
-        self.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
+        self.log_validation(squad_scores(self.predictions, right))
         self._found, self._right = defaultdict(list), {}
 
     def _of_all_ranks(self) -> tuple[dict[str, list[Answer]], dict[str, list[str]]]:
         """Windows of a question may have fallen to several ranks."""
         parts = [(dict(self._found), self._right)]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if has_other_ranks():
             parts = parts * dist.get_world_size()
             dist.all_gather_object(parts, (dict(self._found), self._right))
         found: dict[str, list[Answer]] = defaultdict(list)

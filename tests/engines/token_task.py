@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from parity_tasks import Tokens
 from torch import Tensor, nn
 
-from lbzoo.data.base import DataFacts, DataSource
-from lbzoo.data.in_memory import TensorSamples, as_batch
+from lbzoo.data.in_memory import TensorSamples
 from lbzoo.tasks.base import Task
 
 VOCABULARY, LENGTH, IGNORED = 17, 6, -100
 
 
-class UnevenTokens(DataSource):
+class UnevenTokens(Tokens):
     """Tokens [N, 6], targets [N, 6] of which few are not ignored, and labels [N] of which some are not."""
 
-    in_memory = True
-    preshuffled = True
-    collate = staticmethod(as_batch)
-
     def __init__(self, *, num_train: int = 64, num_val: int = 8, empty: bool = False) -> None:
-        self.sizes, self.empty = (num_train, num_val), empty
-
-    def facts(self) -> DataFacts:
-        return DataFacts(*self.sizes, unit="sequences")
-
-    def prepare(self) -> None:
-        """Nothing can be missing."""
-
-    def train_dataset(self, *, seed: int = 0) -> TensorSamples:
-        return self._draw(self.sizes[0], 1)
-
-    def val_dataset(self) -> TensorSamples:
-        return self._draw(self.sizes[1], 2)
+        super().__init__(num_train=num_train, num_val=num_val)
+        self.empty = empty
 
     def _draw(self, size: int, seed: int) -> TensorSamples:
         generator = torch.Generator().manual_seed(seed)
