@@ -68,6 +68,18 @@ def test_lamb_has_one_decay_through_both_phases() -> None:
         assert here == pytest.approx(0.005 * whole, abs=1e-9), t
 
 
+@pytest.mark.parametrize("name", ["bert_lamb", "bert_lars", "bert_adamw"])
+def test_a_single_batch_size_has_a_single_decay(name: str) -> None:
+    """From the peak in a straight line to 0, without a bend where the second phase begins."""
+    first, second, _ = load_recipe(name).stages
+    assert first.global_batch_size == second.global_batch_size
+    peak, warmup = rate(first, LAMB_WARMUP), LAMB_WARMUP
+    steps = first.steps + second.steps
+    for t in (warmup + 1, first.steps // 2, first.steps, first.steps + 1, first.steps + second.steps // 2, steps):
+        here = rate(first, t) if t <= first.steps else rate(second, t - first.steps)
+        assert here == pytest.approx(peak * (steps - t) / (steps - warmup), abs=1e-6 * peak), t
+
+
 def test_mixed_batches_warm_up_again() -> None:
     first, second, _ = load_recipe("bert_lamb_64k").stages
     assert (first.steps + second.steps, first.global_batch_size, second.global_batch_size) == (8599, 65536, 32768)
