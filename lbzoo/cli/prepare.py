@@ -25,7 +25,10 @@ def bert(
     source: Annotated[Path, typer.Option("--input", help="A folder of .txt and .parquet files, or one file.")],
     out: Annotated[Path, typer.Option(help="The folder for the shards.")],
     vocab: Annotated[Path | None, typer.Option(help="A WordPiece vocabulary, one token a line.")] = None,
-    train_vocab: Annotated[int | None, typer.Option(help="Make a vocabulary of so many tokens from the text.")] = None,
+    train_vocab: Annotated[
+        int | None,
+        typer.Option(min=1, help="Without --vocab: make one of so many tokens; by default 30522."),
+    ] = None,
     seq_len: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; 128 and 512 by default.")] = None,
     cased: Annotated[bool, typer.Option("--cased", help="Keep upper case and accents.")] = False,
     validation: Annotated[float, typer.Option(help="The part of the documents that is for validation.")] = 0.005,
@@ -39,24 +42,29 @@ def bert(
 
     Example: lbzoo prepare bert --input wiki/ --out prepared/ --vocab vocab.txt
     """
+    from lbzoo.data.wordpiece import BERT_VOCABULARY
     from lbzoo.errors import UsageError
     from lbzoo.prepare.bert import BertText, prepare_bert
 
     if vocab is not None and train_vocab is not None:
         raise UsageError("give --vocab or --train-vocab, not both")
-    vocabulary = vocab if train_vocab is None else train_vocab
-    if vocabulary is None:
-        raise UsageError("give --vocab FILE, or --train-vocab SIZE to make a vocabulary from the text")
     text = BertText(
-        source, out, vocabulary, seq_lens=tuple(seq_len or (128, 512)), lowercase=not cased, validation=validation,
+        source,
+        out,
+        vocab or train_vocab or BERT_VOCABULARY,
+        seq_lens=tuple(seq_len or (128, 512)),
+        lowercase=not cased,
+        validation=validation,
         seed=seed,
-    )  # fmt: skip
+    )
     with _Bars() as show:
         manifest = prepare_bert(text, processes=processes, progress=show)
     _print_summary(manifest, out)
 
 
 def _print_summary(manifest: Manifest, out: Path) -> None:
+    from lbzoo.data.wordpiece import BERT_VOCABULARY
+
     typer.echo(f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, vocabulary of {manifest.vocab_size:,}")
     for seq_len, splits in manifest.shards.items():
         train, held_out = (sum(shard.rows for shard in splits[split]) for split in ("train", "val"))
@@ -66,6 +74,8 @@ def _print_summary(manifest: Manifest, out: Path) -> None:
     for place in manifest.skipped_at:
         typer.echo(f"  {place}", err=True)
     typer.echo(f"use it:  export LBZOO_WIKIBOOKS={out}")
+    if manifest.vocab_size != BERT_VOCABULARY:
+        typer.echo(f"and give recipes data.vocab_size={manifest.vocab_size}")
 
 
 class _Bars:

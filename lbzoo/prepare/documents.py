@@ -118,19 +118,19 @@ def _text_documents(piece: Piece) -> Iterator[RawDocument]:
         inside = begin == 0  # after the blank line that the first document of this piece follows
         for line in file:
             if not line.strip():
-                if block:
+                if length:
                     yield _decoded(block, length, first, lines)
                     block, length = [], 0
                 inside = held < piece.end - begin
                 if not inside:
                     return
             elif inside:
-                first = first if block else lines.read
+                first = first if length else lines.read
                 length += len(line)
                 block += [line] if length <= LONGEST_DOCUMENT else []
             held += len(line)
             lines.read += 1
-        if block:
+        if length:
             yield _decoded(block, length, first, lines)
 
 

@@ -53,6 +53,24 @@ def test_a_file_and_back(vocabulary: Vocabulary, tmp_path: Path) -> None:
     assert read_vocabulary(tmp_path / "vocab.txt", lowercase=False).digest != vocabulary.digest
 
 
+def test_a_line_ends_nowhere_else(tmp_path: Path) -> None:
+    """Tokens that are spaces or line ends to Python, though not to BERT's tokenizer, shift no ids."""
+    odd = Vocabulary((*SPECIAL_TOKENS, "\u2028", "\x85", "\x1c", "\u3000", "the"))
+    odd.save(tmp_path / "vocab.txt")
+    assert read_vocabulary(tmp_path / "vocab.txt") == odd
+    (tmp_path / "vocab.txt").write_bytes("\r\n".join(odd.tokens).encode())
+    assert read_vocabulary(tmp_path / "vocab.txt") == odd
+
+
+def test_what_sets_two_apart(vocabulary: Vocabulary) -> None:
+    tokens = vocabulary.tokens
+    assert vocabulary.difference(Vocabulary(tokens)) == ""
+    assert vocabulary.difference(Vocabulary(tokens[:-1])) == "70 tokens against 69"
+    changed = Vocabulary((*tokens[:9], "zebra", *tokens[10:]))
+    assert vocabulary.difference(changed) == f"token 9 is '{tokens[9]}' in one and 'zebra' in the other"
+    assert vocabulary.difference(Vocabulary(tokens, lowercase=False)) == "one lower-cases text, the other does not"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from lbzoo.data.sampling import StreamSampler
 from lbzoo.data.token_shards import TokenShards, read_manifest, rows_per_group
 from lbzoo.data.wikibooks import WikiBooks
 from lbzoo.data.wordpiece import train_vocabulary
-from lbzoo.errors import DataError, UsageError
+from lbzoo.errors import DataError, LbzooError, UsageError
 from lbzoo.prepare import documents
 from lbzoo.prepare.bert import WORK, BertText, prepare_bert
 from lbzoo.prepare.documents import Piece, find_corpus, read_documents, sentences
@@ -126,6 +128,33 @@ def test_a_damaged_shard_is_made_again(texts: Path, prepared: Path, tmp_path: Pa
     assert not called, "nothing is left to do"
 
 
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_vocabulary_is_made_again(damage: str, texts: Path, prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    if damage == "changed":
+        (out / "vocab.txt").write_text((out / "vocab.txt").read_text().replace("cat", "tac", 1))
+    else:
+        (out / "vocab.txt").unlink()
+    with pytest.raises(DataError, match=r"vocab.txt(.|\n)*Run lbzoo prepare bert again with the same options"):
+        WikiBooks(root=str(out), vocab_size=120, seq_len=32).prepare()
+    prepare_bert(wanted(texts, out), processes=1)
+    assert content(out) == content(prepared)
+
+
+def test_a_full_disk(texts: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(pq, "write_table", full)
+        with pytest.raises(LbzooError, match=r"out: .*No space left on device; what is finished stays"):
+            prepare_bert(wanted(texts, out), processes=1)
+    prepare_bert(wanted(texts, out), processes=1)
+    assert content(out) == content(prepared)
+
+
 def test_other_options_need_another_folder(texts: Path, prepared: Path) -> None:
     with pytest.raises(UsageError, match=r"was begun with something else: seed was 0 and is 7"):
         prepare_bert(wanted(texts, prepared, seed=7), processes=1)
@@ -230,6 +259,27 @@ def test_every_document_is_in_one_piece(piece_bytes: int, tmp_path: Path, monkey
         assert found == wanted, (between, piece_bytes)
 
 
+def test_parquet_that_is_no_text(tmp_path: Path) -> None:
+    """Parquet's strings are UTF-8 by definition, but nobody checks when they are written."""
+    bad = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"], pa.binary()).buffers())
+    column = pa.concat_arrays([pa.array(["one", None]), bad, pa.array(["two"])])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    (piece,) = find_corpus(tmp_path).pieces
+    found = [(doc.text, doc.problem, doc.place().rpartition(":")[2]) for doc in read_documents(piece)]
+    assert found == [("one", "", "1"), ("", "no text", "2"), ("", "no UTF-8 text", "3"), ("two", "", "4")]
+
+
+def test_a_parquet_file_that_is_damaged_inside(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [document(n) for n in range(50)]}), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[40:400] = bytes(360)
+    path.write_bytes(content)
+    (piece,) = find_corpus(path).pieces
+    with pytest.raises(DataError, match=r"cannot read .*a\.parquet: "):
+        list(read_documents(piece))
+
+
 def test_places_count_lines_of_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\n\nthree\n\nfour\n\xff\n")
@@ -242,10 +292,12 @@ def test_places_count_lines_of_the_whole_file(tmp_path: Path) -> None:
 def test_a_file_without_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 1000)
     path = tmp_path / "a.txt"
-    path.write_text("short\n\n" + "a line of text\n" * 100 + "\nshort again\n")
-    found = list(read_documents(Piece(path, 0, path.stat().st_size)))
-    assert [doc.problem[:11] for doc in found] == ["", "longer than", ""]
-    assert found[1].place() == f"{path}:3"
+    for long in ("a line of text\n" * 100, "a single line " * 100 + "\n", "a line " * 200 + "\nand another\n"):
+        path.write_text(f"short\n\n{long}\nshort again\n\n{long}")
+        found = list(read_documents(Piece(path, 0, path.stat().st_size)))
+        assert [doc.problem[:11] for doc in found] == ["", "longer than", "", "longer than"]
+        last = 3 + long.count("\n") + 1 + 2
+        assert [doc.place() for doc in found[1:]] == [f"{path}:3", f"{path}:{last - 2}", f"{path}:{last}"]
 
 
 def test_sentences() -> None:
@@ -273,9 +325,42 @@ def test_texts_that_cannot_be_used(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "x" / "a.parquet").write_bytes(b"PAR")
     with pytest.raises(DataError, match="is no parquet file"):
         find_corpus(tmp_path / "x")
+    empty = tmp_path / "empty"
+    (empty / ".hidden").mkdir(parents=True)
+    (empty / ".hidden" / "a.txt").write_text("Of another program.")
+    with pytest.raises(DataError, match="holds no files"):
+        find_corpus(empty)
+    (empty / "a.txt").touch()
+    with pytest.raises(DataError, match=r"there is no text in .*: 1 files, all empty"):
+        find_corpus(empty)
     (tmp_path / "one.txt").write_text("A single document.")
     with pytest.raises(DataError, match="pairs of sentences need two"):
         prepare_bert(BertText(tmp_path / "one.txt", tmp_path / "o", 60), processes=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, r"seed must lie between 0 and 2\^32 - 1, got -1"),
+        ({"seq_lens": (128, 70_000)}, "at most 65,536 tokens, got 70,000"),
+        ({"seq_lens": (4,)}, "from 8"),
+        ({"validation": 0.0}, "between 0 and 1"),
+        ({"vocabulary": 70_000}, "at most 65,536 tokens, got 70,000"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str, texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        prepare_bert(wanted(texts, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shards_need_a_folder_of_their_own(texts: Path, tmp_path: Path) -> None:
+    """Inside the text's they would be text themselves when the command is given again."""
+    with pytest.raises(UsageError, match="lies in the folder of the text itself"):
+        prepare_bert(wanted(texts, texts / "prepared"))
+    (tmp_path / "out").touch()
+    with pytest.raises(UsageError, match="out is a file"):
+        prepare_bert(wanted(texts, tmp_path / "out"))
 
 
 def test_a_vocabulary_of_another_language(texts: Path, tmp_path: Path) -> None:
@@ -301,8 +386,22 @@ def test_the_command(texts: Path, tmp_path: Path) -> None:
     batch = source.train_dataset(seed=1).__getitems__([SampleKey(0, 0), SampleKey(1, 0)])
     assert batch["input_ids"].shape == (2, 32)
     assert (batch["masked_labels"] != IGNORED).any()
-    for extra, message in ((["--vocab", "x"], "not both"), ([], "give --vocab FILE")):
-        options = [*words, *(["--train-vocab", "120"] if extra else []), *extra]
-        refused = CliRunner().invoke(app, options)
-        assert isinstance(refused.exception, UsageError)
-        assert message in str(refused.exception)
+    assert "give recipes data.vocab_size=120" in done.stdout
+    refused = CliRunner().invoke(app, [*words, *sizes, "--vocab", "x"])
+    assert isinstance(refused.exception, UsageError)
+    assert "not both" in str(refused.exception)
+
+
+def test_the_command_with_nothing_but_folders(texts: Path, tmp_path: Path) -> None:
+    """A vocabulary is made of the text, as large as BERT's or as the text has words for."""
+    done = CliRunner().invoke(app, ["prepare", "bert", "--input", str(texts), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1, "60 short documents leave none of 0.5 % for validation"
+    assert "take more text, or another part for validation" in str(done.exception)
+    out = tmp_path / "other"
+    done = CliRunner().invoke(app, ["prepare", "bert", "--input", str(texts), "--out", str(out), "--validation", "0.1"])
+    assert done.exit_code == 0, done.output
+    manifest = read_manifest(out)
+    assert set(manifest.shards) == {"128", "512"}
+    assert 100 < manifest.vocab_size < 1000
+    for seq_len in (128, 512):
+        WikiBooks(root=str(out), vocab_size=manifest.vocab_size, seq_len=seq_len).prepare()
