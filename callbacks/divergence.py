@@ -105,7 +105,8 @@ class Divergence(Callback):
         policy: ``stop`` raises at the first bad step; ``skip`` leaves it out, weights and optimizer untouched, and
             goes on, unless ``at_most`` steps one after the other were left out already.
         at_most: see there.
-        loss_spike: a loss is bad above so many times its moving average, which is over about 50 steps; None for never.
+        loss_spike: a loss is bad above so many times its moving average, which is over about 50 steps, if it is also
+            higher than that average has ever been: near zero single batches jump far without harm. None for never.
         trust_ratio_drop: trust ratios have collapsed when their geometric mean over the layers is below this share of
             its moving average; None for never. Only for optimizers that publish them (``layer_stats``).
         every: optimizer steps between looks at the trust ratios.
@@ -126,6 +127,7 @@ class Divergence(Callback):
         self.loss_spike, self.trust_ratio_drop = loss_spike, trust_ratio_drop
         self._on_bad_step = on_bad_step
         self._loss = MovingAverage(0.98)
+        self._highest_loss = 0.0  # that the moving average has been since it settled
         self._log_ratio = MovingAverage(0.9)
         self.skipped = self._skipped_in_a_row = 0
         self._begin([])
@@ -201,10 +203,12 @@ class Divergence(Callback):
     def state_dict(self) -> dict[str, Any]:
         averages = {"loss": self._loss, "log_trust_ratio": self._log_ratio}
         values = {name: [average.value, average.count] for name, average in averages.items()}
-        return {**values, "skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+        skipped = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+        return {**values, "highest_loss": self._highest_loss, **skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loss.value, self._loss.count = state_dict["loss"]
+        self._highest_loss = state_dict["highest_loss"]
         self._log_ratio.value, self._log_ratio.count = state_dict["log_trust_ratio"]
         self.skipped, self._skipped_in_a_row = state_dict["skipped"], state_dict["skipped_in_a_row"]
 
@@ -234,19 +238,29 @@ class Divergence(Callback):
         if reason is None:
             self._skipped_in_a_row = 0
             if loss is not None:
-                self._loss.add(loss)
+                self._add_to_average(loss)
             return None
         of_run = math.nan if loss is None else loss
         return self._finding(step.number, reason, of_run, step.layers, step.grad_norms, step.losses.tolist())
 
+    def _add_to_average(self, loss: float) -> None:
+        self._loss.add(loss)
+        if self._loss.count >= _SETTLING:
+            self._highest_loss = max(self._highest_loss, self._loss.value)
+
+    def _is_spike(self, loss: float) -> bool:
+        if self.loss_spike is None or self._loss.count < _SETTLING:
+            return False
+        return 0 < self.loss_spike * self._loss.value < loss and self._highest_loss < loss
+
     def _reason(self, loss: float | None, gradients_are_bad: bool, has_collapsed: bool) -> str | None:
-        average = self._loss.value if self._loss.count >= _SETTLING else math.inf
         if loss is not None and not math.isfinite(loss):
             return "the loss is not finite"
         if gradients_are_bad:
             return "gradients are not finite"
-        if loss is not None and self.loss_spike is not None and 0 < average * self.loss_spike < loss:
-            return f"the loss is more than {self.loss_spike:g} times its moving average"
+        if loss is not None and self._is_spike(loss):
+            times = f"the loss is more than {self.loss_spike:g} times its moving average"
+            return f"{times}, which has never been above {self._highest_loss:.4g}"
         return "the trust ratios have collapsed" if has_collapsed else None
 
     def _finding(

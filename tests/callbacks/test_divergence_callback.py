@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from plain_trainer import FakeLayerwise, Plain, adamw, fit
+from torch import Tensor
 
 from lbzoo.callbacks.divergence import Divergence, Finding, MovingAverage
 from lbzoo.errors import DivergedError
@@ -47,9 +49,44 @@ def test_an_ordinary_training_is_left_alone() -> None:
     assert monitor.state_dict()["loss"][1] == 30
 
 
+class Scripted(Plain):
+    """Its losses are given."""
+
+    def __init__(self, losses: Sequence[float]) -> None:
+        super().__init__(adamw)
+        self.losses = losses
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return 0 * super().training_step(batch, batch_idx) + self.losses[self.global_step]
+
+
+FALLING = [4.5] * 20 + [4.5 * 0.95**step for step in range(150)]  # to 0.002, and the average to 0.4
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ([*FALLING, 4.4, 0.002, 0.002], None),  # one batch, and nothing has happened
+        ([*FALLING, 5.0, 0.002, 0.002], 171),  # worse than it ever was
+        ([*FALLING, *(0.01 * 2**k for k in range(14))], 180),  # it grows, and is 5.12
+        ([4.5] * 30 + [44.0, 4.5], None),  # not ten times as much
+        ([4.5] * 30 + [46.0, 4.5], 31),
+        ([4.5] * 10 + [46.0] + [4.5] * 10, None),  # no average yet
+    ],
+)
+def test_a_spike_is_above_the_average_and_above_the_beginning(losses: list[float], step: int | None) -> None:
+    monitor = Divergence()
+    if step is None:
+        fit(Scripted(losses), monitor, max_steps=len(losses))
+        return
+    with pytest.raises(DivergedError, match=rf"step {step}: the loss is more than 10 times .* never been above 4\.5"):
+        fit(Scripted(losses), monitor, max_steps=len(losses))
+
+
 def test_the_state_comes_back() -> None:
     one, other = Divergence(every=1), Divergence(every=1)
-    fit(Plain(adamw), one, max_steps=7)
+    fit(Plain(adamw), one, max_steps=25)
+    assert one.state_dict()["highest_loss"] > 0
     other.load_state_dict(one.state_dict())
     assert other.state_dict() == one.state_dict()
 
