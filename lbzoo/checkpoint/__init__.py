@@ -6,7 +6,14 @@ final name and renamed, so a directory under its final name is always whole.
 """
 
 from lbzoo.checkpoint.folder import CheckpointFolder, read_state, resolve_checkpoint, validates_averages
-from lbzoo.checkpoint.format import load_callbacks, load_checkpoint, load_optimizer, load_weights
+from lbzoo.checkpoint.format import (
+    load_callbacks,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    names_in_common,
+    shapes,
+)
 from lbzoo.checkpoint.saving import BackgroundSaver, Content, content_of, save_checkpoint, write
 
 __all__ = [
@@ -18,9 +25,11 @@ __all__ = [
     "load_checkpoint",
     "load_optimizer",
     "load_weights",
+    "names_in_common",
     "read_state",
     "resolve_checkpoint",
     "save_checkpoint",
+    "shapes",
     "validates_averages",
     "write",
 ]

@@ -7,7 +7,8 @@ What does not belong together is named before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from lbzoo.checkpoint.quiet import quiet
 from lbzoo.checkpoint.transformers_folder import is_transformers_folder, load_transformers_folder
 from lbzoo.errors import CheckpointError, did_you_mean
 
+log = logging.getLogger(__name__)
+
 Shapes = Mapping[str, tuple[int, ...]]
+_EVERY = ("",)  # how every name begins
 
 
 def load_checkpoint(
@@ -38,11 +42,11 @@ def load_checkpoint(
 
     state, stored = _read_supported(path), _stored(path)
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    _require_same(path, _shapes(model_state), _below("model.", stored))
+    _require_same(path, shapes(model_state), _below("model.", stored))
     target: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     _check_has_optimizer_state(path, target["optimizer"]["state"], stored)
     if averages is not None:
-        _require_same(path, _shapes(averages), _averages_in(stored, path))
+        _require_same(path, shapes(averages), _averages_in(stored, path))
         target["ema"] = dict(averages)
     with quiet():
         load_into(target, path)
@@ -63,7 +67,7 @@ def load_optimizer(path: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     target: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer))
     entries = {f"{name}.{key}": value for name, entry in target["state"].items() for key, value in entry.items()}
     what = "the state of another optimizer or model"
-    _require_same(path, _shapes(entries), _below("optimizer.state.", _stored(path)), what=what)
+    _require_same(path, shapes(entries), _below("optimizer.state.", _stored(path)), what=what)
     state: dict[str, Any] = {"optimizer": {"state": target["state"]}}
     with quiet():
         load_into(state, path)
@@ -81,31 +85,56 @@ def load_callbacks(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def load_weights(path: Path, module: nn.Module, *, averaged: bool = False) -> None:
+def load_weights(path: Path, module: nn.Module, *, averaged: bool = False, shared: Sequence[str] = ()) -> None:
     """Load the model's weights alone: from a checkpoint, or from a ``.pt``/``.pth``/``.safetensors`` state dict.
 
     Also from a folder of transformers', for a task on one of its models.
 
-    ``averaged`` takes a checkpoint's averages in place of the weights that they are of.
+    ``averaged`` takes a checkpoint's averages in place of the weights that they are of. ``shared``: how the names of
+    those weights begin that must be the same in both, where others may differ; without it all must.
     """
     if path.is_file():
-        _load_weights_file(path, module)
+        _load_weights_file(path, module, shared or _EVERY)
         return
     if is_transformers_folder(path):
-        load_transformers_folder(path, module)
+        _log_differences(str(path), *load_transformers_folder(path, module))
         return
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     from lbzoo.checkpoint.reading import load_into
 
     _read_supported(path)
-    stored, target = _stored(path), {"model": get_model_state_dict(module)}
-    _require_same(path, _shapes(target["model"]), _below("model.", stored))
+    stored, own = _stored(path), get_model_state_dict(module)
+    names = names_in_common(str(path), shapes(own), _below("model.", stored), shared or _EVERY)
+    target = {"model": {name: own[name] for name in names}}
     with quiet():
         load_into(target, path)
-    set_model_state_dict(module, target["model"])
+    set_model_state_dict(module, {**own, **target["model"]})
     if averaged:
-        _load_averages(path, module, _averages_in(stored, path))
+        averages = _averages_in(stored, path)
+        _load_averages(path, module, [name for name in names if name in averages])
+
+
+def names_in_common(source: str, own: Shapes, given: Shapes, shared: Sequence[str]) -> list[str]:
+    """The weights of ``source`` that a model starts with: those that it has too, in the same shape.
+
+    What is new in the model and what is left out is logged. Raises CheckpointError where the weights whose names begin
+    as ``shared`` says are not the same.
+    """
+    _require_same(source, _beginning(shared, own), _beginning(shared, given))
+    names = [name for name, shape in own.items() if given.get(name) == shape]
+    _log_differences(source, sorted(own.keys() - names), sorted(given.keys() - names))
+    return names
+
+
+def _beginning(prefixes: Sequence[str], shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if name.startswith(tuple(prefixes))}
+
+
+def _log_differences(source: str, new: Sequence[str], left_out: Sequence[str]) -> None:
+    for what, names in (("new here", new), ("left out", left_out)):
+        if names:
+            log.warning("%s: %d weights are %s, the first is %s", source, len(names), what, names[0])
 
 
 def _load_averages(path: Path, module: nn.Module, names: Iterable[str]) -> None:
@@ -123,12 +152,12 @@ def _averages_in(stored: Shapes, path: Path) -> Shapes:
     return averages
 
 
-def _shapes(values: Mapping[str, Any]) -> Shapes:
+def shapes(values: Mapping[str, Any]) -> Shapes:
     """Of tensors; () for what is not one."""
     return {name: tuple(getattr(value, "shape", ())) for name, value in values.items()}
 
 
-def _load_weights_file(path: Path, module: nn.Module) -> None:
+def _load_weights_file(path: Path, module: nn.Module, shared: Sequence[str]) -> None:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -140,8 +169,9 @@ def _load_weights_file(path: Path, module: nn.Module) -> None:
         raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{path} holds a {type(weights).__name__}, not a state dict of tensors by name")
-    _require_same(path, _shapes(module.state_dict()), _shapes(weights))
-    module.load_state_dict(weights)
+    own = module.state_dict()
+    names = names_in_common(str(path), shapes(own), shapes(weights), shared)
+    module.load_state_dict({**own, **{name: weights[name] for name in names}})
 
 
 def _read_supported(path: Path) -> dict[str, Any]:
@@ -173,14 +203,14 @@ def _check_has_optimizer_state(path: Path, own: Mapping[str, Mapping[str, Any]],
         )
 
 
-def _require_same(path: Path, own: Shapes, stored: Shapes, what: str = "another model") -> None:
+def _require_same(source: str | Path, own: Shapes, stored: Shapes, what: str = "another model") -> None:
     problems = [f"'{n}' is missing{did_you_mean(n, stored, limit=0)}" for n in _first(own.keys() - stored.keys())]
     problems += [f"'{n}' is not in this model" for n in _first(stored.keys() - own.keys())]
     differing = [n for n in own.keys() & stored.keys() if own[n] != stored[n]]
     problems += [f"'{n}' is {list(stored[n])}, this model's is {list(own[n])}" for n in _first(differing)]
     if problems:
         count = len(own.keys() ^ stored.keys()) + len(differing)
-        raise CheckpointError(f"{path} is of {what}: {count} entries differ: " + "; ".join(problems))
+        raise CheckpointError(f"{source} is of {what}: {count} entries differ: " + "; ".join(problems))
 
 
 def _first(names: Iterable[str], count: int = 3) -> list[str]:

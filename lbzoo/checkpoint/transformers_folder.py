@@ -19,9 +19,13 @@ def is_transformers_folder(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and any(any(path.glob(pattern)) for pattern in _WEIGHTS)
 
 
-def load_transformers_folder(path: Path, module: nn.Module) -> None:
-    """Give a task the weights of a folder. Raises CheckpointError where it is on no model of transformers'."""
+def load_transformers_folder(path: Path, module: nn.Module) -> tuple[list[str], list[str]]:
+    """Give a task the weights of a folder; returns the names that are (new in it, left out).
+
+    Raises CheckpointError where it is on no model of transformers'.
+    """
     load = getattr(module, "load_transformers", None)
     if load is None:
         raise CheckpointError(f"{path} is a model of transformers', which {type(module).__name__} cannot start from")
-    load(path)
+    new, left_out = load(path)
+    return new, left_out

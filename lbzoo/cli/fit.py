@@ -22,7 +22,9 @@ def fit(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
     scale: Annotated[ScaleName, typer.Option(help="mini: embedded data and a small model.")] = ScaleName.paper,
     resume: Annotated[str | None, typer.Option(help="auto, a run folder or a checkpoint.")] = None,
-    init_from: Annotated[Path | None, typer.Option(help="Weights to start from: a run, checkpoint or file.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Weights to start from: a run, checkpoint, file, or folder of transformers.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     plugins: Annotated[bool, typer.Option("--plugins/--no-plugins", help="May the recipe import code?")] = True,
     row: RowOption = None,

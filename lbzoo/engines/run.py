@@ -73,7 +73,8 @@ def fit(
         overrides: ``key.sub=value`` strings, the strongest layer.
         scale: ``paper``, or ``mini`` (embedded data, small model), or ``smoke`` (two optimizer steps).
         resume: ``"auto"`` (the newest run of this recipe that is not finished, if any), a run folder or a checkpoint.
-        init_from: weights to start from: a run folder, a checkpoint, or a state dict in a file.
+        init_from: weights to start from: a run folder, a checkpoint, a state dict in a file, or a folder that
+            transformers saved. A task that names ``shared_weights`` takes them from another head as well.
         runs: where run folders are made: ``runs/<recipe>/<number>/``.
         allow_plugins: whether the recipe may import code (``plugins``, ``package.module:Class``).
         say: called with each line that a person at a terminal wants to read (rank 0 only).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from lbzoo.checkpoint import load_weights, read_state, validates_averages
+from lbzoo.checkpoint import load_weights, names_in_common, read_state, shapes, validates_averages
 from lbzoo.data.base import DataSource
 from lbzoo.engines import distributed
 from lbzoo.engines.activation_checkpointing import checkpoint_activations
@@ -25,8 +24,6 @@ from lbzoo.errors import CheckpointError, DivergedError
 from lbzoo.recipe import ResolvedRecipe, Stage, build_schedule, build_task, optimizer_factory
 from lbzoo.sharding import whole
 from lbzoo.tasks.base import Task
-
-log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -106,7 +103,7 @@ def _module_at_start(
     if earlier is not None:
         _carry_weights(earlier, module)
     elif weights is not None:
-        load_weights(weights, module, averaged=validates_averages(weights))
+        load_weights(weights, module, averaged=validates_averages(weights), shared=module.shared_weights)
     return module
 
 
@@ -119,16 +116,13 @@ def _last_checkpoint(run: RunFolder, stage: Stage) -> Start:
 
 def _carry_weights(earlier: Task, later: Task) -> None:
     """Start a stage from the weights of the one before: every entry of the same name and shape."""
-    own = later.state_dict()
-    carried = {n: t for n, t in earlier.state_dict().items() if n in own and own[n].shape == t.shape}
-    if not carried:
+    own, given = later.state_dict(), earlier.state_dict()
+    names = names_in_common("the stage before", shapes(own), shapes(given), later.shared_weights)
+    if not names:
         raise CheckpointError(
             "the stages share no parameter: the later one cannot start from the earlier one's weights"
         )
-    fresh = [name for name in own if name not in carried]
-    if fresh:
-        log.warning("%d entries are new in this stage, the first is %s", len(fresh), fresh[0])
-    later.load_state_dict({**own, **{name: whole(tensor) for name, tensor in carried.items()}})
+    later.load_state_dict({**own, **{name: whole(given[name]) for name in names}})
 
 
 def _set_threads(recipe: ResolvedRecipe, world: World) -> None:

@@ -37,6 +37,13 @@ class Task(LightningModule):
     The outermost that match; everything else is one more unit. A recipe may say otherwise (``trainer.fsdp.layers``).
     """
 
+    shared_weights: ClassVar[tuple[str, ...]] = ()
+    """How the names of those weights begin that all tasks on the same network have, whatever their heads.
+
+    From a checkpoint or stage of another such task one starts with these, which must all be there in the same shapes,
+    and with whatever else fits. None named: ``--init-from`` takes checkpoints of the very same model.
+    """
+
     _optimizer_factory: OptimizerFactory | None = None
     _lr_multiplier: Callable[[int], float] | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,6 @@ from lbzoo.tasks.base import Task
 
 if TYPE_CHECKING:
     from transformers import BertConfig
-
-log = logging.getLogger(__name__)
 
 Size = Literal["large", "base"]
 SIZES: dict[Size, dict[str, int]] = {
@@ -42,6 +39,7 @@ class BertTask(Task):
 
     model_class: ClassVar[str]
     fsdp_layers = ("BertLayer",)
+    shared_weights = ("model.bert.embeddings.", "model.bert.encoder.")  # not every head has a pooler before it
 
     model: Any  # a BertPreTrainedModel, whose annotations do not say what is in it
 
@@ -52,21 +50,31 @@ class BertTask(Task):
         self.model = getattr(transformers, self.model_class)(bert_config(size, vocab_size, config or {}))
 
     def encode(self, batch: dict[str, Tensor]) -> Any:
-        """The encoder's outputs: ``last_hidden_state`` [N, L, width], and ``pooler_output`` where the model has one."""
+        """The encoder's outputs: ``last_hidden_state`` [N, L, width], and ``pooler_output`` where the model has one.
+
+        Raises UsageError for sequences that are longer than the model has positions.
+        """
+        length, positions = batch["input_ids"].shape[1], self.model.config.max_position_embeddings
+        if length > positions:  # else an index error, on a GPU one that names nothing
+            raise UsageError(
+                f"sequences of {length:,} tokens are too long for a model of {positions:,} positions; take a smaller "
+                f"data.seq_len, or set task.config.max_position_embeddings={length} in every stage"
+            )
         # A mask of four dimensions is taken as it is; of one with two transformers would read the values, on the CPU.
         mask = batch["attention_mask"][:, None, None, :]
         return self.model.bert(batch["input_ids"], token_type_ids=batch["token_type_ids"], attention_mask=mask)
 
-    def load_transformers(self, folder: Path) -> None:
+    def load_transformers(self, folder: Path) -> tuple[list[str], list[str]]:
         """Take over the weights of a model that transformers saved, of this or another head on the same encoder.
 
-        What the folder has not (a head) stays as it was initialised, what this model has not is left: both are logged.
-        Rows of the embedding that pad the vocabulary may differ in number. Raises CheckpointError for another encoder.
+        Returns (new here, left out): what the folder has not (a head), which stays as it was initialised, and what
+        this model has not. Rows of the embedding that pad the vocabulary may differ in number. Raises CheckpointError
+        for another encoder.
         """
         from transformers import AutoConfig
 
         try:
-            theirs = AutoConfig.from_pretrained(folder)
+            theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
         self._refuse_another_encoder(folder, theirs)
@@ -85,9 +93,7 @@ class BertTask(Task):
         own = self.model.state_dict()
         taken = {name: tensor for name, tensor in loaded.state_dict().items() if name in own and name not in fresh}
         self.model.load_state_dict({**own, **taken})
-        for what, names in (("new here", fresh), ("left out", sorted(report["unexpected_keys"]))):
-            if names:
-                log.warning("%s: %d weights are %s, the first is %s", folder, len(names), what, names[0])
+        return fresh, sorted(report["unexpected_keys"])
 
     def save_transformers(self, folder: Path) -> None:
         """Save the model so that transformers' ``from_pretrained`` reads it."""

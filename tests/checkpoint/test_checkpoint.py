@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,36 @@ def test_another_model_is_named(saved: tuple[Path, nn.Sequential, torch.optim.Op
     wider = nn.Sequential(*make()[0], nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match=r"2 entries differ: '3\.bias' is missing"):
         load_checkpoint(saved[0], wider, torch.optim.AdamW(wider.parameters()))
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_another_head_on_the_same_network(
+    saved: tuple[Path, nn.Sequential, torch.optim.Optimizer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    as_file: bool,
+) -> None:
+    path, model, _ = saved
+    if as_file:
+        path = tmp_path / "weights.pt"
+        torch.save(model.state_dict(), path)
+    body = make(seed=7)[0][:2]
+    other = nn.Sequential(*body, nn.Linear(4, 5), nn.Linear(5, 5))
+    head = other[2].weight.clone()
+    with pytest.raises(CheckpointError, match="another model"):
+        load_weights(path, other)
+    with caplog.at_level(logging.WARNING):
+        load_weights(path, other, shared=("0.", "1."))
+    taken, given = body.state_dict(), model[:2].state_dict()
+    assert all(torch.equal(taken[name], given[name]) for name in given)
+    assert torch.equal(other[2].weight, head)
+    assert "4 weights are new here, the first is 2.bias" in caplog.text
+    assert "2 weights are left out, the first is 2.bias" in caplog.text
+    with pytest.raises(CheckpointError, match=r"another model.*'0\.bias' is \[4\], this model's is \[5\]"):
+        load_weights(path, nn.Sequential(*make(width=5)[0][:2]), shared=("0.", "1."))
+    deeper = nn.Sequential(*make()[0], nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"2 entries differ: '3\.bias' is missing"):
+        load_weights(path, deeper, shared=("0.", "1.", "3."))
 
 
 def test_another_optimizer_is_named(saved: tuple[Path, nn.Sequential, torch.optim.Optimizer]) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import on_ranks
-from fit_jobs import fit_here
+from fit_jobs import fit_here, saved_weights
 from typer.testing import CliRunner
 
 from lbzoo.cli import app
 from lbzoo.data.generated_squad import GeneratedSquad
 from lbzoo.data.python_manual import PythonManual
 from lbzoo.engines import RunResult, fit
-from lbzoo.errors import UsageError
+from lbzoo.errors import CheckpointError, DataError, UsageError
+from lbzoo.tasks.squad import SquadTask
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,35 @@ def test_export_and_start_from_it(smoke: RunResult, tmp_path: Path) -> None:
     assert again.metrics["val/f1"] >= 0
     refused = CliRunner().invoke(app, ["export", str(smoke.run_dir), str(folder)])
     assert isinstance(refused.exception, UsageError)
+
+
+def test_fine_tuning_starts_from_a_run_of_pretraining(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And the other way round, where the output embedding is the input's."""
+    pretrained = fit("bert_lamb_mlperf", ["logging.loggers=[]"], scale="smoke", runs=tmp_path).run_dir
+    words = ["stages=[{name: squad}]", "logging.loggers=[]", "stages.squad.optimizer.lr=0"]
+    with caplog.at_level(logging.WARNING):
+        tuned = fit("bert_lamb", words, scale="smoke", init_from=pretrained, runs=tmp_path).run_dir
+    assert "2 weights are new here, the first is model.qa_outputs.bias" in caplog.text
+    assert "weights are left out, the first is model.bert.pooler.dense.bias" in caplog.text
+    before, after = saved_weights(pretrained), saved_weights(tuned)
+    encoder = [name for name in before if name.startswith(SquadTask.shared_weights)]
+    assert len(encoder) > 20
+    assert all(torch.equal(before[name], after[name]) for name in encoder)
+
+    still = ["logging.loggers=[]", "optimizer.lr=0"]
+    back = fit("bert_lamb_mlperf", still, scale="smoke", init_from=tuned, runs=tmp_path).run_dir
+    again = saved_weights(back)
+    assert all(torch.equal(before[name], again[name]) for name in encoder)
+    with pytest.raises(CheckpointError, match=r"another model: .*encoder\.layer\.2\..* is missing"):
+        fit(
+            "bert_lamb", [*words, "task.config.num_hidden_layers=3"], scale="smoke", init_from=pretrained, runs=tmp_path
+        )
+
+
+def test_stages_of_different_vocabularies(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"stage 'squad' .* weights of stage 'seq512'.*: 1,200 tokens against 1,000"):
+        fit("bert_lamb", ["stages.squad.data.vocab_size=1000"], scale="smoke", runs=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.dist

@@ -108,6 +108,9 @@ def test_sizes_and_mistakes() -> None:
     assert large.model.config._attn_implementation == "sdpa"
     with pytest.raises(UsageError, match="no field 'hiden_size' to set here; did you mean 'hidden_size'"):
         BertPretraining(vocab_size=61, config={"hiden_size": 8})
+    short = BertPretraining(vocab_size=61, config={**TINY, "max_position_embeddings": 23})
+    with pytest.raises(UsageError, match=r"24 tokens are too long .* 23 positions; .*max_position_embeddings=24"):
+        short(pairs(2).__getitems__(range(2)))
     with pytest.raises(UsageError, match="hidden_size 10 does not divide among 3 num_attention_heads"):
         BertPretraining(vocab_size=61, config={"hidden_size": 10, "num_attention_heads": 3})
 
@@ -164,6 +167,18 @@ def test_an_unpadded_vocabulary(tmp_path: Path) -> None:
     own = task.model.bert.embeddings.word_embeddings.weight
     assert own.shape == (64, 16)
     assert torch.equal(own[:61], theirs.bert.embeddings.word_embeddings.weight)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "encoder"])
+def test_weights_that_lack_a_part_of_the_encoder(part: str, task: BertPretraining, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    task.save_transformers(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith((f"bert.{part}.", "cls."))}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"lacks weights of the encoder, the first is 'bert\.{part}"):
+        load_weights(tmp_path, BertPretraining(vocab_size=61, config=TINY))
 
 
 def test_another_encoder_is_refused(task: BertPretraining, tmp_path: Path) -> None:
