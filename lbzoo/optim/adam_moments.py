@@ -120,9 +120,8 @@ def adam_step(
 
 def _set_scaled(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
     """targets = factor * sources."""
-    if on_eager_cpu(targets):
-        for target, source in zip(targets, sources, strict=True):
-            torch.mul(source, factor, out=target)  # one pass where the two below are two
+    if on_eager_cpu(targets) and len(targets) == 1:
+        torch.mul(sources[0], factor, out=targets[0])  # one pass where the two below are two
     else:
         torch._foreach_copy_(list(targets), list(sources))
         torch._foreach_mul_(list(targets), factor)

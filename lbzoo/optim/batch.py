@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +15,7 @@ from lbzoo.optim.state import state_dtype
 from lbzoo.sharding import ShardGroups, local, local_gradient, local_parts, shard_groups
 
 StateOf: TypeAlias = Callable[[Tensor, int, int], dict[str, Any]]  # of (parameter, index of its group, position in it)
+AtOnce: TypeAlias = Callable[[Any, torch.device], bool]  # of (group, device)
 NewState: TypeAlias = Callable[[Tensor, dict[str, Any]], dict[str, Tensor]]  # of (parameter, its group)
 
 # Elements a batch, unless one tensor has more: bounds the temporaries of a step. On a CPU a second pass shall also find
@@ -33,11 +34,15 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
 
+    def flat(self, size: int, dtype: torch.dtype, slot: int = 0) -> Tensor:
+        key = (slot, dtype)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=dtype)
+        return self._buffers[key][:size]
+
     def like(self, tensors: Sequence[Tensor], slot: int) -> list[Tensor]:
-        needed, key = sum(tensor.numel() for tensor in tensors), (slot, tensors[0].dtype)
-        if key not in self._buffers or self._buffers[key].numel() < needed:
-            self._buffers[key] = torch.empty(needed, dtype=tensors[0].dtype)
-        buffer, taken, result = self._buffers[key], 0, []
+        buffer = self.flat(sum(tensor.numel() for tensor in tensors), tensors[0].dtype, slot)
+        taken, result = 0, []
         for tensor in tensors:
             size = tensor.numel()
             if size <= SMALL or not is_dense(tensor):
@@ -69,6 +74,7 @@ class Batch:
     width: int = 0
     size: int = 0  # elements on all ranks
     limit: float = math.inf  # of size, for more than one tensor
+    small: bool = False  # of small tensors alone, for which a call costs more than the elements
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
@@ -102,13 +108,27 @@ class Batch:
                 local(owner).copy_(param)
         self.params, self.grads = [], []
 
+    def part(self, indices: Sequence[int]) -> Batch:
+        """The loaded tensors with these indices as a batch of their own."""
+        part = replace(self, owners=[], states=[], places=[], columns=[], params=[], grads=[])
+        for name in ("owners", "states", "places", "columns", "params", "grads"):
+            column = getattr(self, name)
+            setattr(part, name, [column[index] for index in indices])
+        return part
+
     def state(self, key: str) -> list[Tensor]:
         return local_parts(state[key] for state in self.states)
 
+    def count_steps(self) -> list[Tensor]:
+        """Count this step for every tensor; the state that counts."""
+        counts = local_parts(state["step"] for state in self.states if "step" in state)
+        if counts:
+            torch._foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)  # of its forms the quickest by far
+        return counts
+
     def next_steps(self) -> list[Any]:
         """Count this step for every tensor; the numbers, from 1 (tensors under torch.compile)."""
-        counts = self.state("step")
-        torch._foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)  # of its forms the quickest by far
+        counts = self.count_steps()
         if torch.compiler.is_compiling():
             return [count.double() for count in counts]  # 1 - beta^t cancels
         return [count.item() for count in counts]
@@ -122,10 +142,15 @@ class Batch:
     @property
     def lr(self) -> float | Tensor:
         """The learning rate, as a number wherever it can be read without waiting for a device."""
-        lr: float | Tensor = self.group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu" and not torch.compiler.is_compiling():
-            return lr.item()
-        return lr
+        return learning_rate(self.group)
+
+
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """Of a parameter group, as a number wherever it can be read without waiting for a device."""
+    lr: float | Tensor = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and not torch.compiler.is_compiling():
+        return lr.item()
+    return lr
 
 
 def make_batches(
@@ -134,13 +159,13 @@ def make_batches(
     new_state: NewState,
     *,
     scratch: Scratch | None = None,
-    in_cache: bool = True,
+    at_once: AtOnce | None = None,
 ) -> list[Batch]:
-    """All parameters with a gradient, by group, shards, device and type.
+    """All parameters with a gradient, by group, shards, device, type and form.
 
     ``new_state`` makes the state of a stand-in (see Batch). ``scratch`` serves the batches that run one after another:
-    those on the CPU without sharded parameters. ``in_cache=False`` leaves their size without limit: for a rule that
-    keeps no temporaries and gains little from finding in the cache what it has read before.
+    those on the CPU without sharded parameters. ``at_once``, asked for a group and a device, leaves the size of batches
+    without limit: for a rule that keeps no temporaries of a whole batch.
     """
     batches: list[Batch] = []
     for index, group in enumerate(param_groups):
@@ -149,25 +174,39 @@ def make_batches(
             shards, has_gradient = shard_groups(param), param.grad is not None
             if not has_gradient and not (shards and param.requires_grad):
                 continue
-            device, dtype, size = param.device, param.dtype, param.numel()
-            batch = current.get((shards, device, dtype))
+            state = state_of(param, index, position) if has_gradient else {}  # refuses what has no layout
+            kind = (shards, param.device, param.dtype, None if shards else _form(param))
+            batch, size = current.get(kind), param.numel()
             if batch is None or batch.size + size > batch.limit:
-                batch = Batch(group, shards)
+                batch = current[kind] = Batch(group, shards)
                 if not shards:
-                    on_cpu = device.type == "cpu"
-                    batch.scratch = scratch if on_cpu else None
-                    if in_cache or dtype not in (torch.float32, torch.float64):
-                        batch.limit = CPU_LIMIT if on_cpu else ACCELERATOR_LIMIT
-                current[shards, device, dtype] = batch
+                    _prepare_to_run_alone(batch, param, scratch, at_once)
                 batches.append(batch)
             if has_gradient:
-                batch.add(param, state_of(param, index, position), (index, position))
+                batch.add(param, state, (index, position))
             batch.width += 1
             batch.size += size
         for batch in current.values():
             if not batch.owners:
                 batch.add_stand_in(new_state)
     return batches
+
+
+def _form(param: Tensor) -> str:
+    """How a batch of such tensors is worked on: small ones together, plain ones as they are, others on copies."""
+    if param.device.type == "cpu" and param.numel() <= SMALL:
+        return "small"
+    assert param.grad is not None
+    same_type = param.grad.dtype is param.dtype and state_dtype(param) is param.dtype
+    return "plain" if same_type and is_dense(param) and same_layout(param, param.grad) else "other"
+
+
+def _prepare_to_run_alone(batch: Batch, param: Tensor, scratch: Scratch | None, at_once: AtOnce | None) -> None:
+    form, on_cpu = _form(param), param.device.type == "cpu"
+    batch.small = form == "small"
+    batch.scratch = scratch if on_cpu else None
+    if form != "plain" or at_once is None or not at_once(batch.group, param.device):
+        batch.limit = CPU_LIMIT if on_cpu else ACCELERATOR_LIMIT
 
 
 def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:

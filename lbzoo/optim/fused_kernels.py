@@ -56,13 +56,39 @@ def adam_(
     """
     device = params[0].device
     times = {step: torch.full((), step, dtype=torch.float32, device=device) for step in set(steps)}
+    adam_at_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [times[step] for step in steps],
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+
+
+def adam_at_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """:func:`adam_` with the numbers of the steps in 0-dim float32 tensors."""
     torch._fused_adamw_(
         list(params),
         list(grads),
         list(exp_avgs),
         list(exp_avg_sqs),
         [],
-        [times[step] for step in steps],
+        list(steps),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

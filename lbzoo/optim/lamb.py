@@ -18,7 +18,8 @@ before correction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -28,10 +29,12 @@ from torch.optim.optimizer import ParamsT
 
 from lbzoo.optim import fused_kernels
 from lbzoo.optim.adam_moments import adam_direction, adam_step
-from lbzoo.optim.batch import Batch
+from lbzoo.optim.batch import Batch, Scratch, learning_rate
+from lbzoo.optim.by_tensor import TensorStep, pieces, square_sum
 from lbzoo.optim.elementwise import add_scaled_, run, sweep
+from lbzoo.optim.fused_kernels import adam_at_
 from lbzoo.optim.info import register_optimizer
-from lbzoo.optim.layerwise import LayerwiseOptimizer, trust_ratio
+from lbzoo.optim.layerwise import LayerwiseOptimizer, trust_ratio, trust_ratio_of
 from lbzoo.optim.rules import Rule
 from lbzoo.optim.state import new_average, new_step_count
 
@@ -68,6 +71,40 @@ def lamb(
     if norm_order != 2.0:
         (update_norms,) = yield sweep(None, [updates], norms_of=[0])
     return {"trust_ratio": ratios, "step_norm": lr * ratios * update_norms}
+
+
+def lamb_by_tensor(
+    state: Mapping[str, Tensor],
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    scratch: Scratch,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    bias_correction: bool,
+    adapt: bool,
+    weight_norm_range: tuple[float, float] | None,
+) -> None:
+    """The rule for one tensor on a CPU (see ``by_tensor``)."""
+    time = state["step"] if bias_correction else torch.tensor(math.inf)
+    if not adapt:
+        averages = ([exp_avg], [exp_avg_sq], [time])
+        adam_at_([param], [grad], *averages, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        return
+    param_square = update_square = 0.0
+    parts = pieces(param, grad, exp_avg, exp_avg_sq, scratch.flat(param.numel(), param.dtype))
+    for x, g, m, v, update in parts:
+        torch.mul(x, weight_decay, out=update)
+        adam_at_([update], [g], [m], [v], [time], lr=-1.0, betas=betas, eps=eps)
+        param_square += square_sum(x)
+        update_square += square_sum(update)
+    factor = -lr * trust_ratio_of(math.sqrt(param_square), math.sqrt(update_square), weight_norm_range)
+    for x, _, _, _, update in reversed(parts):  # from the end: there the cache is still warm
+        x.add_(update, alpha=factor)
 
 
 @register_optimizer(
@@ -115,8 +152,17 @@ class Lamb(LayerwiseOptimizer):
         }
         super().__init__(params, defaults)
 
+    averages: ClassVar = ("exp_avg", "exp_avg_sq")
+
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"step": new_step_count(), "exp_avg": new_average(param), "exp_avg_sq": new_average(param)}
+
+    def tensor_step(self, group: Mapping[str, Any]) -> TensorStep | None:
+        lr = learning_rate(group)
+        if group["nesterov"] is not None or group["norm_order"] != 2.0 or isinstance(lr, Tensor):
+            return None
+        options = ("betas", "eps", "weight_decay", "bias_correction", "adapt", "weight_norm_range")
+        return partial(lamb_by_tensor, scratch=self._scratch, lr=lr, **{key: group[key] for key in options})
 
     def rule(self, batch: Batch) -> Rule:
         group = batch.group

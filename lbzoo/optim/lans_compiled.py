@@ -8,74 +8,53 @@ compilation serves tensors of every length and all steps.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbzoo.errors import UsageError
-from lbzoo.optim.elementwise import PIECE, SMALL, Norms, is_dense, same_layout
-from lbzoo.optim.lans_passes import Passes
+from lbzoo.optim.by_tensor import pieces
 
 Kernel = Callable[..., Any]
 
 
-class CompiledPasses(Passes):
-    """The passes of LANS with compiled kernels for large tensors. Small ones are not worth a call each."""
+class CompiledPasses:
+    """The passes of LANS over one tensor (see ``lans_by_tensor``)."""
 
-    def update_moments(self) -> Norms:
-        self._prepare()
-        norms = torch.zeros(3, len(self.params), dtype=torch.float64)
-        for index in self._large:
-            pieces = [_kernels()[0](*piece, self._scalars[index]) for piece in _pieces(self._tensors(index))]
-            norms[:, index] = torch.stack(pieces).sum(0, dtype=torch.float64)
-        if self._small:
-            norms[:, self._small] = self._rest.update_moments().parts
-        return Norms(norms)
+    def __init__(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        grad_scale: float,
+        step: float,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self._pieces = pieces(param, grad, exp_avg, exp_avg_sq)
+        # What the kernels read beside the tensors; in a tensor, because numbers would be compiled in.
+        corrections = [1 / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5]
+        values = [grad_scale, 1 - betas[0], 1 - betas[1], *corrections, eps, weight_decay]
+        self._scalars = torch.tensor(values, dtype=param.dtype)
 
-    def add_step(self, targets: Sequence[Tensor], r_factors: Tensor, c_factors: Tensor) -> None:
-        """As of Passes, for ``targets`` that are the parameters: the directions are computed again from them."""
-        if self._small:
-            small = [targets[index] for index in self._small]
-            self._rest.add_step(small, r_factors[self._small], c_factors[self._small])
-        factors = torch.stack([r_factors, c_factors], dim=1).to(self.params[0].dtype)
-        for index in reversed(self._large):  # from the end: there the cache is still warm from the pass before
-            own = factors[index].clone()  # each place in a longer tensor would be compiled for
-            for piece in reversed(_pieces([targets[index], *self._tensors(index)[1:]])):
-                _kernels()[1](*piece, self._scalars[index], own)
+    def update_moments(self) -> tuple[float, float, float]:
+        param_square = r_square = c_square = 0.0
+        for piece in self._pieces:
+            squares = _kernels()[0](*piece, self._scalars).tolist()
+            param_square += squares[0]
+            r_square += squares[1]
+            c_square += squares[2]
+        return param_square, r_square, c_square
 
-    def _prepare(self) -> None:
-        """Tell large tensors from small ones, and put together what each kind needs."""
-        self._large = [index for index in range(len(self.params)) if _is_worth_a_call(self._tensors(index))]
-        scales = self.grad_scales if self.grad_scales is not None else [1.0] * len(self.params)
-        self._scalars = {index: self._scalars_of(self.steps[index], scales[index]) for index in self._large}
-        self._small = [index for index in range(len(self.params)) if index not in self._scalars]
-
-        def of_small(column: Sequence[Any]) -> list[Any]:
-            return [column[index] for index in self._small]
-
-        params = of_small(self.params)
-        self._rest = Passes(
-            params,
-            of_small(self.grads),
-            of_small(self.moments[0]),
-            of_small(self.moments[1]),
-            of_small(self.steps),
-            lambda slot: [torch.empty_like(param) for param in params],
-            **self.options,
-        )
-        self._rest.grad_scales = of_small(scales)
-
-    def _tensors(self, index: int) -> list[Tensor]:
-        return [column[index] for column in (self.params, self.grads, *self.moments)]
-
-    def _scalars_of(self, step: float, grad_scale: float) -> Tensor:
-        """What the kernels read beside the tensors; in a tensor, because numbers would be compiled in."""
-        beta1, beta2 = self.options["betas"]
-        corrections = [1 / (1 - beta1**step), (1 - beta2**step) ** -0.5]
-        values = [grad_scale, 1 - beta1, 1 - beta2, *corrections, self.options["eps"], self.options["weight_decay"]]
-        return torch.tensor(values, dtype=self.params[0].dtype)
+    def add_step(self, r_factor: float, c_factor: float) -> None:
+        factors = torch.tensor([r_factor, c_factor], dtype=self._scalars.dtype)
+        for piece in reversed(self._pieces):  # from the end: there the cache is still warm
+            _kernels()[1](*piece, self._scalars, factors)
 
 
 def _moments_kernel(x: Tensor, grad: Tensor, m: Tensor, v: Tensor, scalars: Tensor) -> Tensor:
@@ -117,16 +96,3 @@ def _compiled(kernel: Kernel) -> Kernel:
             ) from error
 
     return call
-
-
-def _is_worth_a_call(tensors: Sequence[Tensor]) -> bool:
-    """Whether the first is large, and all lie in memory in one order."""
-    first, *others = tensors
-    return first.numel() > SMALL and is_dense(first) and all(same_layout(first, other) for other in others)
-
-
-def _pieces(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Flat views of equal parts of at most PIECE elements, in the order of memory."""
-    size = tensors[0].numel()
-    flat = [tensor.detach().as_strided((size,), (1,)) for tensor in tensors]
-    return list(zip(*(tensor.chunk(-(-size // PIECE)) for tensor in flat), strict=True))

@@ -14,18 +14,20 @@ that no layer's rate is above ``lr``; and parameters with ``adapt=False`` have q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lbzoo.optim.batch import Batch
+from lbzoo.optim.batch import Batch, learning_rate
+from lbzoo.optim.by_tensor import TensorStep, norm
 from lbzoo.optim.elementwise import as_column, sweep
 from lbzoo.optim.info import register_optimizer
 from lbzoo.optim.layerwise import LayerwiseOptimizer, norms_of_change
-from lbzoo.optim.momentum import momentum_step
+from lbzoo.optim.momentum import fused_momentum_step, momentum_step
 from lbzoo.optim.rules import Rule
 from lbzoo.optim.state import new_average
 
@@ -64,6 +66,37 @@ def lars(
         (buffer_norms,) = yield sweep(None, [buffers], norms_of=[0])
         step_norms = outer_lr * buffer_norms
     return {"trust_ratio": ratios, "step_norm": step_norms}
+
+
+def lars_by_tensor(
+    state: Mapping[str, Tensor],
+    param: Tensor,
+    grad: Tensor,
+    buffer: Tensor,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    lr_in_momentum: bool,
+    clip: bool,
+    adapt: bool,
+) -> None:
+    """The rule for one tensor on a CPU (see ``by_tensor``), without ``nesterov``."""
+    ratio = 1.0
+    if adapt:
+        ratio = _local_rate(norm(param), norm(grad), trust_coefficient, weight_decay)
+        if clip:
+            ratio = min(ratio / lr, 1.0) if lr > 0 else 1.0
+    scale, outer_lr = (ratio * lr, 1.0) if lr_in_momentum else (ratio, lr)
+    fused_momentum_step(param, grad, buffer, scale, scale * weight_decay, lr=outer_lr, momentum=momentum)
+
+
+def _local_rate(param_norm: float, grad_norm: float, trust_coefficient: float, weight_decay: float) -> float:
+    """:func:`local_rates` for one tensor, with numbers."""
+    if param_norm == 0 or grad_norm == 0:
+        return 1.0
+    return trust_coefficient * param_norm / (grad_norm + weight_decay * param_norm)
 
 
 def local_rates(
@@ -115,8 +148,17 @@ class Lars(LayerwiseOptimizer):
         }
         super().__init__(params, defaults)
 
+    averages: ClassVar = ("momentum_buffer",)
+
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": new_average(param)}
+
+    def tensor_step(self, group: Mapping[str, Any]) -> TensorStep | None:
+        lr = learning_rate(group)
+        if group["nesterov"] or group["momentum"] == 0 or isinstance(lr, Tensor):
+            return None
+        options = ("momentum", "weight_decay", "trust_coefficient", "lr_in_momentum", "clip", "adapt")
+        return partial(lars_by_tensor, lr=lr, **{key: group[key] for key in options})
 
     def rule(self, batch: Batch) -> Rule:
         group = batch.group

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lbzoo.errors import UsageError
+from lbzoo.optim import fused_kernels
 from lbzoo.optim.batch import Batch, Scratch, make_batches
+from lbzoo.optim.by_tensor import TensorStep, flat_views
 from lbzoo.optim.checks import check_group
 from lbzoo.optim.elementwise import Norms, sweep
 from lbzoo.optim.layer_stats import LayerStats
@@ -33,9 +35,23 @@ def trust_ratio(
     return torch.where(undefined, 1.0, param_norms / update_norms)
 
 
+def trust_ratio_of(
+    param_norm: float, update_norm: float, weight_norm_range: tuple[float, float] | None = None
+) -> float:
+    """:func:`trust_ratio` for one tensor, with numbers."""
+    if weight_norm_range is not None:
+        param_norm = min(max(param_norm, weight_norm_range[0]), weight_norm_range[1])
+    return 1.0 if param_norm == 0 or update_norm == 0 else param_norm / update_norm
+
+
 def inverse_norms(norms: Tensor, eps: float = 0.0) -> Tensor:
     """1 / (norm + eps), and 0 where the norm is 0: a tensor scaled by it stays zero instead of becoming NaN."""
     return torch.where(norms == 0, 0.0, 1 / (norms + eps))
+
+
+def inverse_norm(norm: float, eps: float = 0.0) -> float:
+    """:func:`inverse_norms` for one tensor, with numbers."""
+    return 0.0 if norm == 0 else 1 / (norm + eps)
 
 
 def norms_of_change(before: list[Tensor], after: Sequence[Tensor]) -> Generator[Norms, Any, Tensor]:
@@ -97,7 +113,7 @@ class LayerwiseOptimizer(Optimizer):
     """
 
     track_layer_stats: bool = False
-    in_cache: ClassVar[bool] = True  # see make_batches
+    averages: ClassVar[tuple[str, ...]] = ()  # state laid out like the parameter, in the order of a TensorStep
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # options that are one of a few values
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -112,6 +128,18 @@ class LayerwiseOptimizer(Optimizer):
     def rule(self, batch: Batch) -> Rule:
         """The update of a batch (see :mod:`lbzoo.optim.rules`)."""
         raise NotImplementedError
+
+    def tensor_step(self, group: Mapping[str, Any]) -> TensorStep | None:
+        """The update of one tensor for a CPU (see :mod:`lbzoo.optim.by_tensor`); None where the rule must do."""
+        return None
+
+    def works_at_once(self, group: Mapping[str, Any], device: torch.device) -> bool:
+        """Whether the step of a group keeps no temporaries of all its tensors."""
+        return self._goes_by_tensor(group, device)
+
+    def _goes_by_tensor(self, group: Mapping[str, Any], device: torch.device) -> bool:
+        plain = device.type == "cpu" and not self.track_layer_stats and not torch.compiler.is_compiling()
+        return plain and fused_kernels.fused_kernels_work("cpu") and self.tensor_step(group) is not None
 
     def layer_stats(self) -> LayerStats:
         """Of the last step that ran while ``track_layer_stats`` was True; empty before the first."""
@@ -140,12 +168,15 @@ class LayerwiseOptimizer(Optimizer):
     def _process(self, batch: Batch) -> Rule:
         batch.load(getattr(self, "grad_scale", None))
         if not self.track_layer_stats:
-            rule, answer = self.rule(batch), None
-            try:
-                while True:  # and not `yield from`, which torch.compile cannot trace into a rule that yields nothing
-                    answer = yield rule.send(answer)
-            except StopIteration:
-                batch.store()
+            rest = self._step_by_tensor(batch)
+            if rest.owners:
+                rule, answer = self.rule(rest), None
+                try:  # not `yield from`, which torch.compile cannot trace into a rule that yields nothing
+                    while True:
+                        answer = yield rule.send(answer)
+                except StopIteration:
+                    pass
+            batch.store()
             return {}
         param_norms, grad_norms = yield sweep(None, [batch.params, batch.grads], norms_of=[0, 1])
         report = yield from self.rule(batch)
@@ -156,6 +187,18 @@ class LayerwiseOptimizer(Optimizer):
         report["update_ratio"] = torch.where(param_norms == 0, 0.0, step_norms / param_norms)
         return {**report, "param_norm": param_norms, "grad_norm": grad_norms}
 
+    def _step_by_tensor(self, batch: Batch) -> Batch:
+        """Step what can go by tensor; the batch of what is left."""
+        if batch.shards or batch.small or not self._goes_by_tensor(batch.group, batch.params[0].device):
+            return batch
+        step = self.tensor_step(batch.group)
+        assert step is not None
+        views, flat, rest = flat_views(batch, self.averages)
+        flat.count_steps()
+        for tensors, state in zip(views, flat.states, strict=True):
+            step(state, *tensors)
+        return rest
+
     def _batches(self) -> list[Batch]:
         refuse_flat_buffers(self.param_groups)
         return make_batches(
@@ -163,7 +206,7 @@ class LayerwiseOptimizer(Optimizer):
             self._state_of,
             self.new_state,
             scratch=self._scratch,
-            in_cache=self.in_cache,
+            at_once=self.works_at_once,
         )
 
     def _state_of(self, param: Tensor, group: int, position: int) -> dict[str, Any]:

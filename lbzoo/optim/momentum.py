@@ -53,12 +53,17 @@ def _fused_step(
         _plain_step(params, grads, buffers, scales, decays, lr=lr, momentum=momentum)
         return
     for param, grad, buffer, scale, decay in zip(params, grads, buffers, scales, decays, strict=True):
-        if scale > fused_kernels.SMALLEST_SCALE:
-            fused_kernels.momentum_(
-                param, grad, buffer, lr=lr, momentum=momentum, scale=scale, weight_decay=decay / scale
-            )
-        else:
-            _plain_step([param], [grad], [buffer], [scale], [decay], lr=lr, momentum=momentum)
+        fused_momentum_step(param, grad, buffer, scale, decay, lr=lr, momentum=momentum)
+
+
+def fused_momentum_step(
+    param: Tensor, grad: Tensor, buffer: Tensor, scale: float, decay: float, *, lr: float, momentum: float
+) -> None:
+    """:func:`momentum_step` for one tensor by the fused kernel, for a ``momentum`` that is not 0."""
+    if scale > fused_kernels.SMALLEST_SCALE:
+        fused_kernels.momentum_(param, grad, buffer, lr=lr, momentum=momentum, scale=scale, weight_decay=decay / scale)
+    else:
+        _plain_step([param], [grad], [buffer], [scale], [decay], lr=lr, momentum=momentum)
 
 
 def _plain_step(

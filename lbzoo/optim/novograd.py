@@ -17,18 +17,21 @@ Its equations 5 and 6 have eps under the root (``eps_in_root``); algorithm 1, fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lbzoo.optim.batch import Batch
+from lbzoo.optim.batch import Batch, learning_rate
+from lbzoo.optim.by_tensor import TensorStep, norm
 from lbzoo.optim.elementwise import as_column, sweep
 from lbzoo.optim.info import register_optimizer
 from lbzoo.optim.layerwise import LayerwiseOptimizer, norms_of_change
-from lbzoo.optim.momentum import momentum_step
+from lbzoo.optim.momentum import fused_momentum_step, momentum_step
 from lbzoo.optim.rules import Rule
 from lbzoo.optim.state import new_average, new_layer_scalar
 
@@ -77,6 +80,37 @@ def novograd(
     return {"direction_norm": direction_norms, "step_norm": step_norms, "grad_scale": grad_scales}
 
 
+def novograd_by_tensor(
+    state: Mapping[str, Tensor],
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema: bool,
+    decoupled: bool,
+    eps_in_root: bool,
+) -> None:
+    """The rule for one tensor on a CPU (see ``by_tensor``)."""
+    square, old = norm(grad) ** 2, state["exp_avg_sq"].item()
+    v = square if old == 0 else betas[1] * old + (1 - betas[1]) * square
+    state["exp_avg_sq"].fill_(v)
+    if "max_exp_avg_sq" in state:
+        v = max(v, state["max_exp_avg_sq"].item())
+        state["max_exp_avg_sq"].fill_(v)
+    denominator = math.sqrt(v + eps) if eps_in_root else math.sqrt(v) + eps
+    weight = 1 - betas[0] if ema and old != 0 else 1.0
+    decay = weight * weight_decay
+    if decoupled:
+        param.mul_(1 - lr * weight_decay)
+        decay = 0.0
+    grad_scale = 1.0 if denominator == 0 else 1 / denominator
+    fused_momentum_step(param, grad, exp_avg, weight * grad_scale, decay, lr=lr, momentum=betas[0])
+
+
 def _second_moments(exp_avg_sqs: Sequence[Tensor], squares: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
     """(which tensors had no gradient so far, the second moments after this one), [tensors] each; updates the state."""
     old = _stacked(exp_avg_sqs, squares)
@@ -104,7 +138,7 @@ class NovoGrad(LayerwiseOptimizer):
     module. Raises UsageError for values out of range.
     """
 
-    in_cache: ClassVar = False
+    averages: ClassVar = ("exp_avg",)
 
     def __init__(
         self,
@@ -136,6 +170,16 @@ class NovoGrad(LayerwiseOptimizer):
         if group["amsgrad"]:
             state["max_exp_avg_sq"] = new_layer_scalar(param)
         return state
+
+    def works_at_once(self, group: Mapping[str, Any], device: torch.device) -> bool:
+        return True  # no temporaries, and little to gain from finding a gradient in the cache
+
+    def tensor_step(self, group: Mapping[str, Any]) -> TensorStep | None:
+        lr = learning_rate(group)
+        if group["betas"][0] == 0 or isinstance(lr, Tensor):
+            return None
+        options = ("betas", "eps", "weight_decay", "ema", "decoupled", "eps_in_root")
+        return partial(novograd_by_tensor, lr=lr, **{key: group[key] for key in options})
 
     def rule(self, batch: Batch) -> Rule:
         group = batch.group

@@ -36,11 +36,20 @@ Rule: TypeAlias = Generator[Norms, Any, Report]
 def run_batches(batches: Sequence[Batch], process: Callable[[Batch], Rule]) -> list[tuple[Batch, Report]]:
     """Run ``process`` on every batch: those with sharded parameters side by side, the others one after another."""
     joint = [batch for batch in batches if batch.shards]
-    rounds = [[batch] for batch in batches if not batch.shards] + ([joint] if joint else [])
-    reports: list[tuple[Batch, Report]] = []
-    for members in rounds:
-        reports += zip(members, _run_side_by_side(members, [process(batch) for batch in members]), strict=True)
+    reports = [(batch, _run_alone(process(batch))) for batch in batches if not batch.shards]
+    reports += zip(joint, _run_side_by_side(joint, [process(batch) for batch in joint]), strict=True)
     return reports
+
+
+def _run_alone(rule: Rule) -> Report:
+    answer: Tensor | None = None
+    try:
+        while True:
+            request = rule.send(answer)
+            answer = request.root(request.parts)
+    except StopIteration as end:
+        report: Report = end.value
+        return report
 
 
 def _run_side_by_side(batches: Sequence[Batch], rules: Sequence[Rule]) -> list[Report]:
@@ -63,11 +72,8 @@ def _exchange(batches: Sequence[Batch], requests: dict[int, Norms]) -> dict[int,
     answers: dict[int, Tensor | None] = {}
     together: dict[Any, list[int]] = {}
     for index, request in requests.items():
-        if batches[index].shards:
-            key = (batches[index].shards, request.reduce_op, request.parts.device)
-            together.setdefault(key, []).append(index)
-        else:
-            answers[index] = request.root(request.parts)
+        key = (batches[index].shards, request.reduce_op, request.parts.device)
+        together.setdefault(key, []).append(index)
     for (shards, op, _), indices in together.items():
         blocks = [_spread(requests[index].parts, batches[index]) for index in indices]
         flat = torch.cat([block.reshape(-1) for block in blocks])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lbzoo.optim import fused_kernels
+from lbzoo.optim import batch, fused_kernels
 from lbzoo.testing.check import check, expect, skip
 from lbzoo.testing.example import Example, backward, expect_close, expect_same, same, train, weights
 from lbzoo.testing.subject import Subject
@@ -148,6 +148,9 @@ def fused_equals_plain(subject: Subject) -> None:
         if can_fuse.called:
             chosen = trained_with(subject, options)
             expect_close(chosen, plain, weights(Example()), "fused kernels against plain formulas", tolerance=1e-5)
+            with mock.patch.object(batch, "SMALL", -1):  # as tensors of more elements go
+                chosen = trained_with(subject, options)
+            expect_close(chosen, plain, weights(Example()), "tensor by tensor against plain formulas", tolerance=1e-5)
         elif not switches:
             skip("has one path only")
         for switch in switches:

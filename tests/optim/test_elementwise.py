@@ -110,7 +110,9 @@ def test_fused_kernels_are_kept_from_what_they_would_get_wrong():
 
 @pytest.mark.parametrize("name", ["_fused_adamw_", "_fused_sgd_"])
 @pytest.mark.parametrize("fault", ["missing", "raises", "wrong"])
-def test_a_kernel_that_is_not_what_it_was_is_not_used(name, fault, monkeypatch):
+@pytest.mark.parametrize("small", [-1, 1 << 15])
+def test_a_kernel_that_is_not_what_it_was_is_not_used(name, fault, small, monkeypatch):
+    monkeypatch.setattr("lbzoo.optim.batch.SMALL", small)
     kernel = getattr(torch, name)
 
     def other(params, *args, **kwargs):
@@ -174,7 +176,7 @@ def test_a_step_on_the_cpu_needs_no_memory_but_scratch_for_the_largest_tensor(na
     optimizer = create_optimizer(params, name, lr=0.1)
     optimizer.step()
     buffers = list(optimizer._scratch._buffers.values())
-    assert [buffer.numel() for buffer in buffers] == [30_000] * scratch
+    assert [buffer.numel() for buffer in buffers if buffer.numel() > 1000] == [30_000] * scratch
     with Allocations() as allocations:
         optimizer.step()
     assert max(allocations.new) <= 1000  # nothing beyond a piece

@@ -80,7 +80,9 @@ def test_norms_and_ratios_are_those_of_the_step(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
-def test_asking_for_statistics_does_not_change_the_step(name, options):
+@pytest.mark.parametrize("small", [-1, 1 << 15])  # -1: without them large tensors go by tensor on a CPU
+def test_asking_for_statistics_does_not_change_the_step(name, options, small, monkeypatch):
+    monkeypatch.setattr("lbzoo.optim.batch.SMALL", small)
     plain, tracked = make_model(), make_model()
     optimizers = [create_optimizer(model, name, lr=0.01, weight_decay=0.1, **options) for model in (plain, tracked)]
     optimizers[1].track_layer_stats = True

@@ -11,7 +11,17 @@ import torch
 from reference import REFERENCES
 
 from lbzoo.errors import UsageError
-from lbzoo.optim import adam_moments, create_optimizer, elementwise, fused_kernels, lans_compiled, momentum
+from lbzoo.optim import (
+    adam_moments,
+    batch,
+    by_tensor,
+    create_optimizer,
+    elementwise,
+    fused_kernels,
+    lans_compiled,
+    layerwise,
+    momentum,
+)
 
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.02}
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.02}
@@ -139,13 +149,47 @@ def test_equals_the_reference(name, options):
     assert run_both(name, options, torch.float32) < 1e-6
 
 
+@pytest.mark.parametrize("small", [-1, 1 << 15])
 @pytest.mark.parametrize("name", ["lamb", "lans", "bnadamw", "lars", "novograd"])
-def test_equals_the_reference_without_fused_kernels(name, monkeypatch):
+def test_equals_the_reference_without_fused_kernels(name, small, monkeypatch):
+    monkeypatch.setattr(batch, "SMALL", small)
     assert fused_kernels.fused_kernels_work("cpu"), "this torch lacks the kernels that the CPU step is built on"
     monkeypatch.setattr(fused_kernels, "fused_kernels_work", lambda device: False)
     options = dict(CASES)[name] if name not in ("lamb", "lans") else ADAM
     assert run_both(name, options, torch.float64) < 1e-12
     assert run_both(name, options, torch.float32) < 1e-6
+
+
+BY_TENSOR = [(name, options) for name, options in CASES if name in ("lamb", "lans", "lars", "novograd")]
+
+
+@pytest.mark.parametrize(("name", "options"), BY_TENSOR, ids=[IDS[CASES.index(case)] for case in BY_TENSOR])
+@pytest.mark.parametrize("piece", [16, 1 << 20])
+def test_equals_the_reference_by_tensor(name, options, piece, monkeypatch):
+    monkeypatch.setattr(batch, "SMALL", -1)
+    monkeypatch.setattr(elementwise, "PIECE", piece)
+    seen = by_tensor_calls(monkeypatch)
+    assert run_both(name, options, torch.float64) < 1e-12
+    assert run_both(name, options, torch.float32) < 1e-6
+    assert bool(seen) == has_a_tensor_step(name, options)
+
+
+def by_tensor_calls(monkeypatch) -> list[int]:
+    """Filled with the numbers of tensors that go by tensor."""
+    seen: list[int] = []
+
+    def counted(*arguments):
+        views, flat, rest = by_tensor.flat_views(*arguments)
+        seen.append(len(views))
+        return views, flat, rest
+
+    monkeypatch.setattr(layerwise, "flat_views", counted)
+    return seen
+
+
+def has_a_tensor_step(name: str, options: dict) -> bool:
+    momentum = options.get("betas", (0.9,))[0] if name == "novograd" else options.get("momentum", 0.9)
+    return not options.get("nesterov") and options.get("norm_order", 2.0) == 2.0 and momentum > 0
 
 
 @pytest.mark.parametrize("name", ["lamb", "lans", "bnadamw", "lars", "lars2020", "novograd", "larc_lamb"])
@@ -183,8 +227,8 @@ def test_compiled_lans_equals_the_reference(monkeypatch):
 
 def compiled_lans_on_small_tensors(monkeypatch, options):
     called = []
-    monkeypatch.setattr(lans_compiled, "SMALL", 5)
-    monkeypatch.setattr(lans_compiled, "PIECE", 32)
+    monkeypatch.setattr(batch, "SMALL", 5)
+    monkeypatch.setattr(elementwise, "PIECE", 32)
     kernels = lans_compiled._kernels()
     monkeypatch.setattr(lans_compiled, "_kernels", lambda: called.append(1) or kernels)
     reference = REFERENCES["lans"]
