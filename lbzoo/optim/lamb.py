@@ -98,9 +98,9 @@ def lamb_by_tensor(
     param_square = update_square = 0.0
     parts = pieces(param, grad, exp_avg, exp_avg_sq, scratch.flat(param.numel(), param.dtype))
     for x, g, m, v, update in parts:
+        param_square += square_sum(x)
         torch.mul(x, weight_decay, out=update)
         adam_at_([update], [g], [m], [v], [time], lr=-1.0, betas=betas, eps=eps)
-        param_square += square_sum(x)
         update_square += square_sum(update)
     factor = -lr * trust_ratio_of(math.sqrt(param_square), math.sqrt(update_square), weight_norm_range)
     for x, _, _, _, update in reversed(parts):  # from the end: there the cache is still warm
