@@ -20,7 +20,16 @@ class Loader(DataLoader[Any]):
 
     torch puts that process's traceback into the message, and leaves the other processes to the garbage collector, which
     then waits five seconds for each.
+
+    Who is done with one has to :meth:`close` it: its processes ignore SIGTERM, by which a main process that ends would
+    end them, and would then wait for them for ever.
     """
+
+    def close(self) -> None:
+        """End the loader's processes; it may be used again."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]  # only one with processes is kept
+            self._iterator = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch wants an iterator class of its own
         batches = super().__iter__()
@@ -28,8 +37,7 @@ class Loader(DataLoader[Any]):
             yield from batches
         except DataError as error:
             if self.num_workers > 0:
-                batches._shutdown_workers()  # type: ignore[attr-defined]  # of the iterator with processes
-                self._iterator = None
+                self.close()
             kind = type(error)
             message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2]
             raise kind(message.rstrip()) from None

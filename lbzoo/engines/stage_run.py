@@ -66,7 +66,7 @@ class StageRun:
     ``step`` is the optimizer step the run stands at and ``last_step`` the one the stage ends with; ``accumulate``
     counts micro-batches of a rank in a step, ``validate_every`` optimizer steps. ``callbacks`` are in the order they
     are called in. Where ``validation_owed``, a validation comes before the first step. ``rollbacks``: made by the run
-    so far.
+    so far. However the stage ends, :meth:`close` comes after.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class StageRun:
         wanted = validate.steps or max(round(epochs * stage.steps_per_epoch), 1)
         self.validate_every = min(wanted, stage.steps)
         state = start.state or {}
+        self._loaders: list[Loader] = []
         self.validation_owed = bool(state.get("validation_owed"))
         self.signals = StopSignals(self._leave_at_once, recipe.checkpoint.requeue_signal)
         self._average = AverageWeights(recipe.trainer.ema) if recipe.trainer.ema is not None else None
@@ -135,10 +136,19 @@ class StageRun:
             num_workers=self.recipe.trainer.num_workers,
             pin_memory=self.world.accelerator == "cuda",
         )
+        self._loaders.append(loader)
         return loader if self._items is None else self._items.read_ahead(loader)
 
     def val_loader(self) -> Loader:
-        return validation_loader(self.recipe, self.stage, self.source, self.world)
+        loader = validation_loader(self.recipe, self.stage, self.source, self.world)
+        self._loaders.append(loader)
+        return loader
+
+    def close(self) -> None:
+        """Give the signals back, and end the loaders' processes."""
+        self.signals.restore()
+        for loader in self._loaders:
+            loader.close()
 
     def loggers(self) -> list[Logger]:
         return build_loggers(self.recipe, self.run, resume_step=self.step, describe_step=self._progress)

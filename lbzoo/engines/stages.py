@@ -67,7 +67,7 @@ def train(
                 here = _last_checkpoint(run, stage)
                 rollbacks.make(error, stage, max(here.step, stage.first_step))
             finally:
-                stage_run.signals.restore()
+                stage_run.close()
     return outcome
 
 
@@ -79,7 +79,11 @@ def evaluate(recipe: ResolvedRecipe, source: DataSource, world: World, weights: 
     ema = recipe.trainer.ema
     load_weights(weights, module, averaged=ema is not None and ema.in_validation)
     loader = validation_loader(recipe, stage, source, world)
-    return {name: float(value) for name, value in _engine(recipe).evaluate(recipe, world, module, loader).items()}
+    try:
+        metrics = _engine(recipe).evaluate(recipe, world, module, loader)
+    finally:
+        loader.close()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _engine(recipe: ResolvedRecipe) -> Engine:

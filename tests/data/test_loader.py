@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_an_error_arrives_as_it_was_raised(images: ImageNet, num_workers: int) -
     assert str(caught.value).startswith(f"cannot read the image {path}: ")
     assert "Traceback" not in str(caught.value)
     assert str(caught.value).endswith("the files are damaged, or not where they seem to be")
+
+
+def test_closing_ends_the_processes(images: ImageNet) -> None:
+    """At any place; and they do not end by themselves with the main process, since they ignore SIGTERM."""
+    loader = train_loader(images, **SIZES, steps=2, seed=3, num_workers=2)
+    batches = list(loader)
+    for take in (0, 3, 8):
+        rest = iter(loader)
+        assert equal([next(rest) for _ in range(take)], batches[:take])
+        loader.close()
+        assert not active_children()
+    assert equal(list(loader), batches)
+    loader.close()
+    loader.close()
+    assert not active_children()
 
 
 def test_loaders_say_how_many_ranks_share_the_unreadable_images(images: ImageNet) -> None:

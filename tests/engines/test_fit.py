@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from lbzoo.engines import fit, validate
 from lbzoo.engines.metrics_file import read_metrics
 from lbzoo.errors import CheckpointError, DataError, LbzooError, UsageError
 from lbzoo.recipe import build_task, load_recipe
+from lbzoo.tasks.image_classification import ImageClassification
 
 # LayerNorm, dropout and augmentation: every source of randomness, and nothing that depends on the micro-batch.
 RECIPE = """\
@@ -216,6 +218,30 @@ def test_validate_gives_the_run_s_own_numbers(run: Path) -> None:
     status = json.loads((run / "status.json").read_text())
     assert validate(run, prefer="last") == pytest.approx(status["metrics"], abs=1e-6)
     assert validate(run)["val/top1"] == pytest.approx(status["best"]["value"], abs=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["lightning", "accelerate"])
+def test_no_process_of_a_loader_is_left(
+    recipe: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends would wait for them for ever. Neither after a run nor after one that failed."""
+    words = ["trainer.num_workers=1", f"trainer.engine={engine}", "logging.loggers=[]"]
+    result = fit(recipe, words, runs=tmp_path)
+    assert not multiprocessing.active_children()
+    validate(result.run_dir)
+    assert not multiprocessing.active_children()
+    batches: list[Any] = []
+
+    def fail(self: Any, batch: Any, batch_idx: int) -> None:
+        batches.append(batch_idx)
+        assert multiprocessing.active_children()
+        raise LbzooError("on purpose")
+
+    monkeypatch.setattr(ImageClassification, "training_step", fail)
+    with pytest.raises(LbzooError, match="on purpose"):
+        fit(recipe, words, runs=tmp_path)
+    assert batches == [0]
+    assert not multiprocessing.active_children()
 
 
 def test_gradients_are_clipped_to_their_global_norm(recipe: Path, tmp_path: Path) -> None:
