@@ -37,6 +37,9 @@ TOKEN_TYPE = "<u2"
 LARGEST_VOCABULARY = LONGEST_SEQUENCE = 1 << 16
 _GROUP_TOKENS = 1 << 17  # a quarter of a MiB of tokens: read in well under a millisecond
 _OPEN_FILES = 64
+_SEQ_LEN, _DIGEST = b"lbzoo.seq_len", b"lbzoo.vocab_sha256"
+_COLUMNS = ["tokens", "second_start", "is_random"]
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, NotImplementedError)  # what pyarrow raises for damaged files
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,18 @@ def write_shard(path: Path, pairs: Sequence[SentencePair], *, seq_len: int, voca
         "second_start": pa.array([pair.second_start for pair in pairs], pa.uint16()),
         "is_random": pa.array([pair.is_random for pair in pairs], pa.bool_()),
     }
-    facts = {"lbzoo.seq_len": str(seq_len), "lbzoo.vocab_sha256": vocab_sha256, "lbzoo.token_type": TOKEN_TYPE}
+    facts = {_SEQ_LEN: str(seq_len), _DIGEST: vocab_sha256, b"lbzoo.token_type": TOKEN_TYPE}
     table = pa.table(columns).replace_schema_metadata(facts)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    pq.write_table(table, beside, row_group_size=rows_per_group(seq_len), compression="zstd", use_dictionary=False)
+    pq.write_table(
+        table,
+        beside,
+        row_group_size=rows_per_group(seq_len),
+        compression="zstd",
+        use_dictionary=False,
+        write_page_checksum=True,  # else a flipped bit may be another token
+    )
     beside.replace(path)
 
 
@@ -135,13 +145,13 @@ def shard_problems(folder: Path, shards: Iterable[ShardFile], *, seq_len: int, v
 def _content_problems(path: Path, shard: ShardFile, seq_len: int, vocab_sha256: str) -> list[str]:
     try:
         with _open(path) as file:
-            facts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+            facts, columns = file.schema_arrow.metadata or {}, file.schema_arrow.names
             rows = file.metadata.num_rows
     except DataError as error:
         return [str(error)]
-    length, digest = facts.get("lbzoo.seq_len"), facts.get("lbzoo.vocab_sha256")
-    if length is None or digest is None:
-        return [f"{path} was not written by lbzoo prepare"]
+    length, digest = (facts.get(key, b"").decode(errors="replace") for key in (_SEQ_LEN, _DIGEST))
+    if not length or not digest or columns != _COLUMNS:
+        return [f"{path} was not written by lbzoo prepare, or is damaged"]
     if length != str(seq_len):
         return [f"{path} holds sequences of {length} tokens, not of {seq_len}"]
     if digest != vocab_sha256:
@@ -200,7 +210,7 @@ class TokenShards:
         path = self.folder / self.shards[shard].file
         try:
             return self._file(shard, path).read_row_group(group, use_threads=False)
-        except (OSError, ValueError, IndexError) as error:  # pyarrow's errors are of these kinds
+        except _DAMAGE as error:
             raise DataError(
                 f"cannot read row group {group} of {path}: {error}; take the file away and run lbzoo prepare bert "
                 "again with the same options"
@@ -252,6 +262,6 @@ def _open(path: Path) -> pq.ParquetFile:
     with extra("text"):
         import pyarrow.parquet as pq
     try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (OSError, ValueError) as error:
+        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    except _DAMAGE as error:
         raise DataError(f"{path} is no parquet file: {error}") from error

@@ -219,6 +219,27 @@ def test_shards_of_another_length_or_vocabulary(options: dict[str, int], message
         WikiBooks(root=str(prepared), **{"vocab_size": 120, **options}).prepare()
 
 
+def test_flipped_bits_are_found(texts: Path, prepared: Path, tmp_path: Path) -> None:
+    """The size is still right; without checksums every fifth of them is just another token."""
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    path = out / "32" / "train-00000.parquet"
+    sound = path.read_bytes()
+    source = WikiBooks(root=str(out), vocab_size=120, seq_len=32)
+    source.prepare()
+    column = pq.read_metadata(path).row_group(0).column(0)
+    end = column.data_page_offset + column.total_compressed_size
+    for place in range(end - column.total_compressed_size // 2, end, 40):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        with pytest.raises(
+            DataError, match=r"cannot read row group 0 of .*train-00000.parquet: (.|\n)*prepare bert again"
+        ):
+            source.train_dataset()[0]
+    path.unlink()
+    prepare_bert(wanted(texts, out), processes=1)
+    assert path.read_bytes() == sound
+
+
 def test_files_that_were_mixed_up(texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare_bert(wanted(texts, out), processes=1)
