@@ -1,7 +1,8 @@
 """Pairs of sentences for next-sentence prediction, as BERT's (arXiv 1810.04805, section 3.1 and appendix A.2).
 
 A document is a list of sentences, a sentence a list of token ids. A pair is two stretches of sentences: in half of the
-pairs the second follows the first, in the other half it comes from another document.
+pairs the second follows the first, in the other half it comes from another document; and always where the first is a
+single sentence that leaves no room for the one after it, as in BERT's own program.
 """
 
 from __future__ import annotations
