@@ -6,6 +6,7 @@ A vocabulary file is BERT's own: one token a line, its id the number of its line
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
@@ -115,6 +116,19 @@ def read_vocabulary(path: Path, *, lowercase: bool = True) -> Vocabulary:
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}: it is no WordPiece vocabulary of BERT's")
     return Vocabulary(tuple(tokens), lowercase)
+
+
+def saved_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary of a tokenizer that transformers saved; None where there is none of WordPiece that can be read."""
+    try:
+        if (folder / "tokenizer.json").is_file():
+            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            ids = content["model"]["vocab"]
+            return Vocabulary(tuple(sorted(ids, key=ids.__getitem__)), bool(content["normalizer"]["lowercase"]))
+        options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return read_vocabulary(folder / "vocab.txt", lowercase=bool(options.get("do_lower_case", True)))
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None
 
 
 def train_vocabulary(texts: Iterable[str], size: int, *, lowercase: bool = True) -> Vocabulary:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lbzoo import scaling
 from lbzoo.checkpoint.folder import read_state, resolve_checkpoint
-from lbzoo.data.wordpiece import HasVocabulary
+from lbzoo.checkpoint.transformers_folder import is_transformers_folder
+from lbzoo.data.wordpiece import HasVocabulary, saved_vocabulary
 from lbzoo.engines.accelerate_config import check_accelerate
 from lbzoo.engines.launch import (
     RUN_FOLDER_VARIABLE,
@@ -95,6 +96,7 @@ def fit(
     if resume is None:
         check_sizes_can_be_found(resolved, world)
     resolved, sources = _check_before_start(resolved, world, say)
+    _check_vocabularies(sources, weights)
     if not world.in_process:
         check_launchable(world)
         run = open_run(resolved, resume, Path(runs), say)
@@ -236,7 +238,6 @@ def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> tup
             counts[stage.name] = found
             _say_once(world, say, f"note: {stage.data.name} has {found:,} training samples here, not the usual "
                       f"{stage.num_train:,}: epochs are counted with these")  # fmt: skip
-    _check_vocabularies(sources)
     resolved = with_sample_counts(resolved, counts) if counts else resolved
     for stage in resolved.stages:
         scaling.accumulation(
@@ -247,14 +248,30 @@ def _check_before_start(resolved: ResolvedRecipe, world: World, say: Say) -> tup
     return resolved, sources
 
 
-def _check_vocabularies(sources: Sources) -> None:
-    """A stage starts from the weights of the one before, in which an id means the token that it meant there."""
+def _check_vocabularies(sources: Sources, weights: Path | None) -> None:
+    """In the weights that a stage starts from, an id means the token that it meant where they were trained."""
     known = [(name, source.vocabulary) for name, source in sources.items() if isinstance(source, HasVocabulary)]
     for (before, theirs), (name, vocabulary) in pairwise(known):
         if difference := theirs.difference(vocabulary):
             raise DataError(
                 f"stage '{name}' starts from the weights of stage '{before}', but has another vocabulary: {difference}"
             )
+
+    if known and weights is not None and _vocabulary_of(weights) not in (None, known[0][1].digest):
+        raise DataError(
+            f"{weights} was trained with another vocabulary than stage '{known[0][0]}' has, in which its ids "
+            "mean other tokens; give the data the vocabulary that it was trained with"
+        )
+
+
+def _vocabulary_of(weights: Path) -> str | None:
+    """The digest of the vocabulary that goes with weights, as far as they say."""
+    if weights.is_file():
+        return None
+    if is_transformers_folder(weights):
+        vocabulary = saved_vocabulary(weights)
+        return vocabulary.digest if vocabulary is not None else None
+    return read_state(weights).get("vocabulary")
 
 
 def _weights_path(init_from: str | Path | None) -> Path | None:

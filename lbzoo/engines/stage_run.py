@@ -17,6 +17,7 @@ from lbzoo import scaling
 from lbzoo.callbacks.gradient_stats import StatsForOptimizers
 from lbzoo.data.base import DataSource
 from lbzoo.data.loader import Loader, train_loader, val_loader
+from lbzoo.data.wordpiece import HasVocabulary
 from lbzoo.engines import distributed
 from lbzoo.engines.checkpointer import Best, Checkpointer
 from lbzoo.engines.compiled import CompileModel
@@ -223,6 +224,7 @@ class StageRun:
             "schedule": {"steps_done": step - stage.first_step, "steps": stage.steps},
             "rng": {"rule": "seeded before each micro-batch from (seed, step, micro-batch)", "seed": self.recipe.seed},
             "ema": self.recipe.trainer.ema.model_dump() if self.recipe.trainer.ema is not None else None,
+            "vocabulary": self.source.vocabulary.digest if isinstance(self.source, HasVocabulary) else None,
             "world_size": self.world.world_size,
             "engine": self.recipe.trainer.engine,
             "versions": environment()["packages"],

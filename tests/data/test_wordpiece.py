@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lbzoo.data.wordpiece import SPECIAL_TOKENS, Vocabulary, read_vocabulary, refuse_unknown, train_vocabulary
+from lbzoo.data.wordpiece import (
+    SPECIAL_TOKENS,
+    Vocabulary,
+    read_vocabulary,
+    refuse_unknown,
+    saved_vocabulary,
+    train_vocabulary,
+)
 from lbzoo.errors import DataError, UsageError
 
 TEXT = ["The cat sat on the mat. The cats sat.", "A dog, a cat and 23 mats!", "Sitting cats; catty remarks."] * 5
@@ -51,6 +59,22 @@ def test_a_file_and_back(vocabulary: Vocabulary, tmp_path: Path) -> None:
     vocabulary.save(tmp_path / "vocab.txt")
     assert read_vocabulary(tmp_path / "vocab.txt") == vocabulary
     assert read_vocabulary(tmp_path / "vocab.txt", lowercase=False).digest != vocabulary.digest
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_what_transformers_saved(lowercase: bool, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """In one file, or as it used to be in two; no tokenizer, or one of another kind, says nothing."""
+    assert saved_vocabulary(tmp_path) is None
+    wanted = Vocabulary(vocabulary.tokens, lowercase)
+    wanted.save_tokenizer(tmp_path)
+    assert saved_vocabulary(tmp_path) == wanted
+    (tmp_path / "tokenizer.json").unlink()
+    wanted.save(tmp_path / "vocab.txt")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lowercase}))
+    assert saved_vocabulary(tmp_path) == wanted
+    for content in ("", "[]", '{"model": {"vocab": [["a", 0.1]]}, "normalizer": null}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        assert saved_vocabulary(tmp_path) is None
 
 
 def test_a_line_ends_nowhere_else(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from lbzoo.cli import app
 from lbzoo.data.generated_squad import GeneratedSquad
 from lbzoo.data.python_manual import PythonManual
+from lbzoo.data.wordpiece import saved_vocabulary
 from lbzoo.engines import RunResult, fit
 from lbzoo.errors import CheckpointError, DataError, UsageError
 from lbzoo.tasks.squad import SquadTask
@@ -61,6 +62,12 @@ def test_export_and_start_from_it(smoke: RunResult, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["export", str(smoke.run_dir), str(folder)])
     assert isinstance(refused.exception, UsageError)
 
+    assert saved_vocabulary(folder) == GeneratedSquad().vocabulary
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"the"', '"teh"'))
+    with pytest.raises(DataError, match="exported was trained with another vocabulary than stage 'squad' has"):
+        fit("bert_lans_96k", ["stages=[{name: squad}]"], scale="smoke", init_from=folder, runs=tmp_path)
+
 
 def test_fine_tuning_starts_from_a_run_of_pretraining(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And the other way round, where the output embedding is the input's."""
@@ -79,10 +86,16 @@ def test_fine_tuning_starts_from_a_run_of_pretraining(tmp_path: Path, caplog: py
     back = fit("bert_lamb_mlperf", still, scale="smoke", init_from=tuned, runs=tmp_path).run_dir
     again = saved_weights(back)
     assert all(torch.equal(before[name], again[name]) for name in encoder)
+    deeper = [*words, "task.config.num_hidden_layers=3"]
     with pytest.raises(CheckpointError, match=r"another model: .*encoder\.layer\.2\..* is missing"):
-        fit(
-            "bert_lamb", [*words, "task.config.num_hidden_layers=3"], scale="smoke", init_from=pretrained, runs=tmp_path
-        )
+        fit("bert_lamb", deeper, scale="smoke", init_from=pretrained, runs=tmp_path)
+
+    for state in (pretrained / "checkpoints").glob("step_*/state.json"):
+        content = json.loads(state.read_text())
+        assert content["vocabulary"] == PythonManual().vocabulary.digest
+        state.write_text(json.dumps({**content, "vocabulary": "another"}))
+    with pytest.raises(DataError, match="was trained with another vocabulary than stage 'squad' has"):
+        fit("bert_lamb", words, scale="smoke", init_from=pretrained, runs=tmp_path)
 
 
 def test_stages_of_different_vocabularies(tmp_path: Path) -> None:
