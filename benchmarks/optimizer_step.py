@@ -15,6 +15,7 @@ import fnmatch
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -160,41 +161,55 @@ def measure(model: str, contestants: Sequence[Contestant], arguments: argparse.N
     shapes = shapes_of(model)
     count = sum(math.prod(shape) for shape in shapes)
     parameters = make_parameters(shapes, arguments.device)
-    wait = torch.cuda.synchronize if arguments.device == "cuda" else (lambda: None)
     rows: list[Row] = []
-    bandwidths = []
+    bandwidths: list[float] = []
     reference, others = contestants[0], list(contestants[1:])
     size = max(1, int(free_bytes(arguments.device) * 0.4 / (8 * count)) - 1)
-    parts = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
-    for part in parts:
-        steps: dict[str, Callable[[], object]] = {}
-        states: dict[str, float] = {}
-        for contestant in [reference, *part]:
-            try:
-                steps[contestant.label], states[contestant.label] = build_step(contestant, parameters)
-            except (LbzooError, RuntimeError, ImportError) as error:
-                rows.append(Row(contestant.label, Timing(), math.nan, note=str(error).splitlines()[0]))
-        copied, copy = memory_stream(arguments.device)
-        limit = arguments.time_limit * len(steps) / len(contestants)
-        timings = compare(
-            {**steps, "memory": copy},
-            samples=arguments.samples,
-            warmup=0,
-            time_limit=limit,
-            synchronize=wait,
-            cpu_time=arguments.threads == 1,
-        )
-        bandwidths.append(copied / timings["memory"].median)
-        first = timings[reference.label].median
-        for label in steps:
-            if not (label == reference.label and any(row.label == label for row in rows)):
-                rows.append(Row(label, timings[label], timings[label].median / first, states[label]))
+    for start in range(0, max(len(others), 1), size):
+        part = [reference, *others[start : start + size]]
+        limit = arguments.time_limit * len(part) / len(contestants)
+        measured, bandwidth = measure_part(part, parameters, limit, arguments)
+        rows = _with_part(rows, measured)
+        bandwidths += [bandwidth] if bandwidth > 0 else []
     for row in rows:
         if not (row.note or arguments.no_memory or row.label.endswith("compiled")):  # a compiler's memory is its own
             row.extra_mib = extra_memory(model, row.label, arguments.device)
     largest = max(math.prod(shape) for shape in shapes) * 4 / MIB
-    bandwidth = sum(bandwidths) / len(bandwidths)
+    bandwidth = statistics.mean(bandwidths) if bandwidths else math.nan
     return Report(model, count, len(shapes), largest, bandwidth, rows)
+
+
+def measure_part(
+    part: Sequence[Contestant], parameters: list[nn.Parameter], limit: float, arguments: argparse.Namespace
+) -> tuple[list[Row], float]:
+    """(a row each, bytes a second of the memory), against the first of them."""
+    steps: dict[str, Callable[[], object]] = {}
+    states: dict[str, float] = {}
+    failed: list[Row] = []
+    for contestant in part:
+        try:
+            steps[contestant.label], states[contestant.label] = build_step(contestant, parameters)
+        except (LbzooError, RuntimeError, ImportError) as error:
+            failed.append(Row(contestant.label, Timing(), math.nan, note=str(error).splitlines()[0]))
+    copied, copy = memory_stream(arguments.device)
+    timings = compare(
+        {**steps, "memory": copy},
+        samples=arguments.samples,
+        warmup=0,
+        time_limit=limit,
+        synchronize=torch.cuda.synchronize if arguments.device == "cuda" else (lambda: None),
+        cpu_time=arguments.threads == 1,
+    )
+    first = timings[part[0].label].median
+    rows = [Row(label, timings[label], timings[label].median / first, states[label]) for label in steps]
+    return rows + failed, copied / timings["memory"].median
+
+
+def _with_part(rows: list[Row], part: list[Row]) -> list[Row]:
+    """The rows of all parts so far: the reference, which is the first of each part, once, with the most samples."""
+    if not rows:
+        return part
+    return [max(rows[0], part[0], key=lambda row: len(row.timing.seconds)), *rows[1:], *part[1:]]
 
 
 def memory_stream(device: str, floats: int = 1 << 25) -> tuple[int, Callable[[], object]]:

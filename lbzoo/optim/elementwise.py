@@ -82,10 +82,8 @@ def add_scaled_(targets: Sequence[Tensor], *terms: tuple[Sequence[Tensor], Tenso
     # From the end: there the cache is still warm from the pass before.
     for _, (target_piece, *term_pieces) in reversed(list(_pieces(columns))):
         for tensor_piece, factor_piece in zip(term_pieces[::2], term_pieces[1::2], strict=True):
-            if len(target_piece) == 1:
-                target_piece[0].add_(tensor_piece[0], alpha=factor_piece[0])
-            else:
-                torch._foreach_add_(list(target_piece), torch._foreach_mul(list(tensor_piece), list(factor_piece)))
+            for target, tensor, factor in zip(target_piece, tensor_piece, factor_piece, strict=True):
+                target.add_(tensor, alpha=factor)
 
 
 def as_column(values: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
