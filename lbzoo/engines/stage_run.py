@@ -79,6 +79,7 @@ class StageRun:
         run: RunFolder,
         start: Start,
         module: Task,
+        signals: StopSignals,
         *,
         rollbacks: int = 0,
     ) -> None:
@@ -98,7 +99,7 @@ class StageRun:
         state = start.state or {}
         self._loaders: list[Loader] = []
         self.validation_owed = bool(state.get("validation_owed"))
-        self.signals = StopSignals(self._leave_at_once, recipe.checkpoint.requeue_signal)
+        self.signals = signals
         self._average = AverageWeights(recipe.trainer.ema) if recipe.trainer.ema is not None else None
         self._divergence = divergence_monitor(recipe, stage, source, run, world_size=world.world_size)
         self._stateful = [*([self._divergence] if self._divergence is not None else []), *_recipe_callbacks(recipe)]
@@ -229,10 +230,6 @@ class StageRun:
             "engine": self.recipe.trainer.engine,
             "versions": environment()["packages"],
         }
-
-    def _leave_at_once(self, signum: int) -> None:
-        if self.world.rank == 0:
-            self.run.write_status("interrupted", exit_code=128 + signum)
 
 
 def validation_loader(recipe: ResolvedRecipe, stage: Stage, source: DataSource, world: World) -> Loader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from lbzoo.engines.divergence import Rollbacks, scaled
 from lbzoo.engines.launch import World
 from lbzoo.engines.opening import resume_point
 from lbzoo.engines.run_folder import RunFolder
+from lbzoo.engines.signals import StopSignals
 from lbzoo.engines.stage_run import Outcome, StageRun, Start, validation_loader
 from lbzoo.errors import CheckpointError, DivergedError
 from lbzoo.recipe import ResolvedRecipe, Stage, build_schedule, build_task, optimizer_factory
@@ -46,6 +48,8 @@ def train(
     _set_threads(recipe, world)
     engine = _engine(recipe)
     rollbacks = Rollbacks(run, recipe.trainer.divergence)
+    # One for all stages: what comes while one of them ends, in its last validation, stops the next.
+    signals = StopSignals(partial(_leave_at_once, run, world), recipe.checkpoint.requeue_signal)
     module: Task | None = None
     outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
     first = int(start.state["stage_index"]) if start.state else 0
@@ -59,7 +63,7 @@ def train(
                 load_weights(here.checkpoint, module)  # saved at the end of this stage
                 break
             made = len(rollbacks.made)
-            stage_run = StageRun(recipe, stage, sources[stage.name], world, run, here, module, rollbacks=made)
+            stage_run = StageRun(recipe, stage, sources[stage.name], world, run, here, module, signals, rollbacks=made)
             try:
                 step = engine.train_stage(stage_run, module)
                 outcome, is_over = stage_run.outcome(step), True
@@ -109,6 +113,11 @@ def _module_at_start(
     elif weights is not None:
         load_weights(weights, module, averaged=validates_averages(weights), shared=module.shared_weights)
     return module
+
+
+def _leave_at_once(run: RunFolder, world: World, signum: int) -> None:
+    if world.rank == 0:
+        run.write_status("interrupted", exit_code=128 + signum)
 
 
 def _last_checkpoint(run: RunFolder, stage: Stage) -> Start:

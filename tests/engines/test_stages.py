@@ -18,6 +18,7 @@ from lbzoo.engines.metrics_file import read_metrics
 from lbzoo.engines.run_callbacks import MicroBatchSeeds
 from lbzoo.errors import CheckpointError
 from lbzoo.recipe import build_task, load_recipe
+from lbzoo.tasks.image_classification import ImageClassification
 
 RECIPE = """\
 version: 1
@@ -95,6 +96,30 @@ def test_stopped_at_the_border_or_in_the_second_stage(
     assert [line["step"] for line in lines] == list(range(1, 10))
     assert [line["step"] for line in lines if "val/top1" in line] == [3, 4, 6, 9]
     assert json.loads((result.run_dir / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("engine", ["lightning", "accelerate"])
+def test_stopped_while_a_stage_ends(
+    recipe: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """In its last validation, after its last step: the next stage stops after its first."""
+    original = ImageClassification.on_validation_epoch_end
+
+    def stop_at_the_end(module: Any) -> None:
+        original(module)
+        if module.trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    words = [f"trainer.engine={engine}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageClassification, "on_validation_epoch_end", stop_at_the_end)
+        stopped = fit(recipe, words, runs=tmp_path)
+    assert (stopped.state, stopped.step, stopped.exit_code) == ("interrupted", 5, 143)
+    result = fit(recipe, words, runs=tmp_path, resume="auto")
+    assert (result.state, result.step) == ("finished", 9)
+    expected, actual = weights(run, 9), weights(result.run_dir, 9)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
 
 
 def test_stages_that_share_nothing(recipe: Path, tmp_path: Path) -> None:
