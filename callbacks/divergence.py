@@ -208,7 +208,7 @@ class Divergence(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loss.value, self._loss.count = state_dict["loss"]
-        self._highest_loss = state_dict["highest_loss"]
+        self._highest_loss = state_dict.get("highest_loss", 0.0)  # checkpoints were without it for a while
         self._log_ratio.value, self._log_ratio.count = state_dict["log_trust_ratio"]
         self.skipped, self._skipped_in_a_row = state_dict["skipped"], state_dict["skipped_in_a_row"]
 
