@@ -57,8 +57,12 @@ def bert(
         validation=validation,
         seed=seed,
     )
-    with _Bars() as show:
-        manifest = prepare_bert(text, processes=processes, progress=show)
+    try:
+        with _Bars() as show:
+            manifest = prepare_bert(text, processes=processes, progress=show)
+    except KeyboardInterrupt:
+        typer.echo("stopped: the same command goes on from what is finished", err=True)
+        raise
     _print_summary(manifest, out)
 
 
