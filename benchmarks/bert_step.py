@@ -181,13 +181,14 @@ def report(measured: Measured, arguments: argparse.Namespace) -> str:
         "",
         f"{date.today().isoformat()}, {device_name(arguments.device)}, threads {torch.get_num_threads()}",
         "",
-        "| | ms a step | spread | sequences/s | against bare |",
-        "|---|---|---|---|---|",
+        "| | ms a step | samples | spread | sequences/s | against bare |",
+        "|---|---|---|---|---|---|",
     ]
     for name, timing in measured.steps.items():
         ratio = rates[name] / rates[BARE]
         lines.append(
-            f"| {name} | {1000 * timing.median:.1f} | {100 * timing.spread:.0f} % | {rates[name]:,.0f} | {ratio:.2f} |"
+            f"| {name} | {1000 * timing.median:.1f} | {len(timing.seconds)} | {100 * timing.spread:.0f} % "
+            f"| {rates[name]:,.2f} | {ratio:.2f} |"
         )
     lines.append("")
     for name, other, target in TARGETS:

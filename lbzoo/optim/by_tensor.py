@@ -23,22 +23,19 @@ from lbzoo.optim.elementwise import is_dense, same_layout
 TensorStep: TypeAlias = Callable[..., None]
 
 
-def flat_views(batch: Batch, averages: Sequence[str]) -> tuple[list[list[Tensor]], Batch, Batch]:
-    """(the flat views of each tensor that has them, the batch of those tensors, the batch of the others).
+def flat_views(batch: Batch, averages: Sequence[str]) -> tuple[list[list[Tensor]], Batch, Batch | None]:
+    """(the flat views of each tensor that has them, the batch of those tensors, the batch of the others if any).
 
     ``averages``: the keys of the state that is laid out like the parameter.
     """
     columns = [batch.params, batch.grads, *(batch.state(key) for key in averages)]
-    views: list[list[Tensor]] = []
-    flat, others = [], []
-    for index, tensors in enumerate(zip(*columns, strict=True)):
-        viewed = _flat(tensors)
-        if viewed is None:
-            others.append(index)
-        else:
-            flat.append(index)
-            views.append(viewed)
-    return views, batch.part(flat), batch.part(others)
+    views = [_flat(tensors) for tensors in zip(*columns, strict=True)]
+    flat = [view for view in views if view is not None]
+    if len(flat) == len(views):
+        return flat, batch, None
+    fits = [index for index, view in enumerate(views) if view is not None]
+    others = [index for index, view in enumerate(views) if view is None]
+    return flat, batch.part(fits), batch.part(others)
 
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor] | None:

@@ -169,7 +169,7 @@ class LayerwiseOptimizer(Optimizer):
         batch.load(getattr(self, "grad_scale", None))
         if not self.track_layer_stats:
             rest = self._step_by_tensor(batch)
-            if rest.owners:
+            if rest is not None:
                 rule, answer = self.rule(rest), None
                 try:  # not `yield from`, which torch.compile cannot trace into a rule that yields nothing
                     while True:
@@ -187,8 +187,8 @@ class LayerwiseOptimizer(Optimizer):
         report["update_ratio"] = torch.where(param_norms == 0, 0.0, step_norms / param_norms)
         return {**report, "param_norm": param_norms, "grad_norm": grad_norms}
 
-    def _step_by_tensor(self, batch: Batch) -> Batch:
-        """Step what can go by tensor; the batch of what is left."""
+    def _step_by_tensor(self, batch: Batch) -> Batch | None:
+        """Step what can go by tensor; the batch of what is left, if any."""
         if batch.shards or batch.small or not self._goes_by_tensor(batch.group, batch.params[0].device):
             return batch
         step = self.tensor_step(batch.group)
