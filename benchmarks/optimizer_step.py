@@ -296,8 +296,8 @@ def _heading(arguments: argparse.Namespace, seconds: float) -> Iterator[str]:
     clock = "processor time" if arguments.threads == 1 else "samples begun when the cores were idle"
     yield f"`ms`: median of `step()`, {clock}. `spread`: half the distance of the quartiles. `discarded`: samples that"
     yield "had to wait for a core. `GB/s`: gradients read, parameters and state read and written, once each."
-    yield "`extra`: peak of a step beyond parameters, gradients and state, kept scratch included. Where not all optimizers"
-    yield f"fit into memory they are timed in parts, and `x` is against {REFERENCE} in the same part."
+    yield "`extra`: peak of a step beyond parameters, gradients and state, kept scratch included."
+    yield f"Where memory does not hold all optimizers they are timed in parts: `x` is against {REFERENCE} in the same."
     yield f"Not measured here: {', '.join([*missing, other])}."
 
 
