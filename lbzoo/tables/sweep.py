@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,8 @@ def plan_sweep(
     """A sweep, every point of which is a sound recipe. Raises UsageError with the first that is not.
 
     ``trials`` is of each arm. ``metric`` and ``mode``: by default what the task itself monitors. The same arguments
-    give the same folder, so that the same command goes on with its sweep; more ``trials`` extend it.
+    give the same folder, so that the same command goes on with its sweep; more ``trials`` extend it, but for the whole
+    of a grid, which is another sweep than a part of it.
     """
     arms = parse_arms(words)
     budget = trials
@@ -89,7 +90,9 @@ def plan_sweep(
         for point in of_arm
     ]
     found_metric, found_mode = _metric(loaded[0], metric, mode)
-    digest = _digest(recipe, arms, scale, seed, found_metric)
+    # The points of a grid that is tried in part are drawn from it, and stand in another order than all of them.
+    in_part = any(len(each) < (arm.grid_size or 0) for arm, each in zip(arms, points, strict=True))
+    digest = _digest(recipe, arms, scale, seed, found_metric, in_part=in_part)
     folder = runs / "sweeps" / (name or f"{recipe.stem}-{digest}")
     sweep = Sweep(recipe, recipe.stem, scale, tuple(arms), points, found_metric, found_mode, folder)
     _check_folder(sweep, digest, words, seed)
@@ -180,7 +183,8 @@ class _Scheduler:
         def stop(signum: int, frame: Any) -> None:
             self.stopping = True
             for each in self.running:
-                os.killpg(each.process.pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(each.process.pid, signal.SIGTERM)
 
         before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -242,10 +246,10 @@ def _metric(recipe: ResolvedRecipe, metric: str | None, mode: Mode | None) -> tu
     return metric, mode
 
 
-def _digest(recipe: Path, arms: Sequence[Arm], scale: Scale, seed: int, metric: str) -> str:
-    """Of everything but the number of trials: the recipe as it is now, what varies and how."""
-    base = load_recipe(recipe, (), scale).hash
-    return hashlib.sha256(repr((base, arms, scale, seed, metric)).encode()).hexdigest()[:8]
+def _digest(recipe: Path, arms: Sequence[Arm], scale: Scale, seed: int, metric: str, *, in_part: bool) -> str:
+    """Of everything that makes point number n what it is: the recipe as it is now, what varies and how."""
+    facts: tuple[Any, ...] = (load_recipe(recipe, (), scale).hash, arms, scale, seed, metric)
+    return hashlib.sha256(repr((*facts, "in part") if in_part else facts).encode()).hexdigest()[:8]
 
 
 def _check_folder(sweep: Sweep, digest: str, words: Sequence[str], seed: int) -> None:
@@ -256,7 +260,7 @@ def _check_folder(sweep: Sweep, digest: str, words: Sequence[str], seed: int) ->
         if earlier["digest"] != digest:
             raise UsageError(
                 f"{sweep.folder} holds another sweep ({earlier['recipe']} {' '.join(earlier['words'])}, or the recipe "
-                f"has changed since); give this one another --name"
+                f"has changed since, or one of the two takes a grid in part); give this one another --name"
             )
         return
     sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +273,9 @@ def _check_folder(sweep: Sweep, digest: str, words: Sequence[str], seed: int) ->
         "metric": sweep.metric,
         "mode": sweep.mode,
     }
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.replace(file)
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:

@@ -108,6 +108,21 @@ def test_the_same_command_goes_on_and_more_trials_extend(tmp_path: Path, trials:
     assert values(first).items() <= values(more).items()
 
 
+def test_a_part_of_a_grid_and_the_whole_of_it_do_not_share_results(
+    tmp_path: Path, trials: Callable[[], list[str]]
+) -> None:
+    """Their points stand in different orders: a result would be that of another learning rate."""
+    words = ["optimizer.lr=1e-5,1e-4,1e-3,1e-2,1e-1"]
+    for number in (2, 3, 5, None):
+        result = run_sweep(planned(tmp_path, words, trials=number))
+        assert len(result.trials) == (number or 5)
+        assert values(result) == pytest.approx({lr: -abs(math.log10(float(lr)) + 3) for lr in values(result)})
+    assert len(trials()) == 3 + 5, "a larger part extends a smaller one"
+    planned(tmp_path, words, trials=2, name="mine")
+    with pytest.raises(UsageError, match=r"holds another sweep .* one of the two takes a grid in part"):
+        planned(tmp_path, words, name="mine")
+
+
 def test_a_failed_trial_is_tried_again_and_a_diverged_one_not(
     tmp_path: Path, trials: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
