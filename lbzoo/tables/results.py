@@ -26,6 +26,8 @@ from lbzoo.engines.run_folder import RunFolder, environment
 from lbzoo.recipe.schema import Scale
 from lbzoo.tables.paper_tables import Metric, PaperRow
 
+_CLOCK = 60.0  # seconds that a machine's clock may have been set by since
+
 State = Literal["running", "finished", "failed", "diverged", "interrupted"]
 
 
@@ -64,6 +66,8 @@ class Record:
             return False
         if self.host != socket.gethostname():
             return True
+        if self.pid == os.getpid() or _began(self.pid) > datetime.fromisoformat(self.time).timestamp() + _CLOCK:
+            return False  # numbers of processes are used again
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -156,23 +160,23 @@ def new_record(row: PaperRow, scale: Scale, *, seed: int, recipe: str, recipe_ha
 
 def measured(metric: Metric, logged: str | None, records: Sequence[Record]) -> Measured | None:
     """The metric over the records of one row at one scale, which must have ended with the recipe as it is now."""
-    ended = [record for record in records if record.state in ("finished", "diverged") and record.checked_with is None]
-    if logged is None or not ended:
-        return None
-    values = [record.metrics[logged] for record in ended if logged in record.metrics and record.state == "finished"]
-    if not values and any(record.state == "finished" for record in ended):
-        return None  # the run does not log it
+    finished = [record for record in records if record.state == "finished" and record.checked_with is None]
+    diverged = [record for record in records if record.state == "diverged"]
+    logging = [record for record in finished if logged in record.metrics]
+    if logged is None or (finished and not logging) or not (logging or diverged):
+        return None  # nothing has ended, or what has does not log it
+    values = [record.metrics[logged] for record in logging]
+    ended = [*logging, *diverged]
     unit = metric.of_a_fraction
-    last = ended[-1]
-    complete = len(values) == len(ended)  # a mean over the runs that happened to converge would flatter
+    complete = not diverged  # a mean over the runs that happened to converge would flatter
     return Measured(
         metric=metric,
         value=unit * statistics.fmean(values) if complete else None,
         spread=unit * statistics.stdev(values) if complete and len(values) > 1 else None,
         n=len(ended),
-        scale=last.scale,
-        machine=last.machine,
-        commit=last.commit,
+        scale=ended[0].scale,
+        machine=", ".join(dict.fromkeys(record.machine for record in ended)),
+        commit=", ".join(dict.fromkeys(record.commit for record in ended if record.commit)) or None,
         runs=tuple(record.run for record in ended if record.run),
     )
 
@@ -222,8 +226,28 @@ def _check_against_its_run(record: Record) -> None:
     if record.run is None or record.state != "finished":
         return
     status = RunFolder(Path(record.run)).status()
-    if status and (status.get("state") != "finished" or status.get("metrics") != dict(record.metrics)):
+    if status and not (status.get("state") == "finished" and _same(record.metrics, status.get("metrics"))):
         raise ValueError(f"differs from what {record.run}/status.json says")
+
+
+def _same(ours: Mapping[str, float], theirs: Any) -> bool:
+    """Whether two accounts of a run's metrics agree. A NaN, which equals nothing, agrees with a NaN."""
+    if not isinstance(theirs, Mapping) or ours.keys() != theirs.keys():
+        return False
+    pairs = [(value, theirs[name]) for name, value in ours.items()]
+    return all(one == other or (one != one and other != other) for one, other in pairs)
+
+
+def _began(pid: int) -> float:
+    """When a process began, in seconds since 1970; 0 where the system does not say (there is no /proc)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        ticks = int(fields[19])
+        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+        boot = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
+    except (OSError, ValueError, LookupError, StopIteration):
+        return 0.0
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -122,6 +122,21 @@ def test_a_killed_run_is_interrupted_and_a_living_one_left_alone(tmp_path: Path,
     assert "is running already" in said[0]
 
 
+def test_a_process_number_that_is_used_again_is_not_the_run(tmp_path: Path, fit: FakeFit) -> None:
+    """In containers numbers are small, and the next start may have that of the one that was killed."""
+    run("lamb/5", tmp_path, fit, "1")
+    results = ResultsFile(tmp_path, "lamb/5")
+    started = results.records()[0]
+    for again in (
+        dataclasses.replace(started, pid=os.getpid()),
+        dataclasses.replace(started, pid=os.getppid(), time="2020-01-01T00:00:00+00:00"),
+    ):
+        results.append(again)
+        assert table_standing("lamb/5", tmp_path).rows[0].status == "interrupted"
+        tally, _ = run("lamb/5", tmp_path, fit, "1")
+        assert tally.ran == 1
+
+
 def test_overrides_may_not_change_what_is_trained(tmp_path: Path, fit: FakeFit) -> None:
     tally, said = run("lamb/5", tmp_path, fit, "1", overrides=["optimizer.lr=1"])
     assert (tally.failed, fit.calls) == (1, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,38 @@ def test_a_mean_is_not_taken_over_the_runs_that_converged(tmp_path: Path, fit: F
     results.append(dataclasses.replace(results.records()[-1], state="diverged", metrics={}))
     measured = table_standing("lamb/5", tmp_path).rows[0].measured["top1"]
     assert (measured.value, measured.n) == (None, 2)
+
+
+def test_a_run_that_logged_less_is_no_run_that_diverged(tmp_path: Path, fit: FakeFit) -> None:
+    """What callbacks log is no part of a recipe's hash."""
+    row = paper_table("lamb/5").rows[0]
+    run_rows([row], "mini", runs=tmp_path, fit=fit, repeats=2)
+    fit.answer = lambda recipe: {"val/top1": 0.7}
+    run_rows([row], "mini", runs=tmp_path, fit=fit, again=True)
+    measured = table_standing("lamb/5", tmp_path).rows[0].measured
+    assert (measured["top1"].value, measured["top1"].n) == (pytest.approx(0.6), 2)
+    assert (measured["top5"].value, measured["top5"].n) == (0.75, 1)
+
+
+def test_every_machine_and_commit_of_a_mean_is_named(tmp_path: Path, fit: FakeFit) -> None:
+    row = paper_table("lamb/5").rows[0]
+    run_rows([row], "mini", runs=tmp_path, fit=fit, repeats=2)
+    results = ResultsFile(tmp_path, "lamb/5")
+    last = results.records()[-1]
+    results.append(dataclasses.replace(last, machine="another", commit="c0ffee"))
+    measured = table_standing("lamb/5", tmp_path).rows[0].measured["top1"]
+    assert measured.machine == f"{last.machine}, another"
+    assert measured.commit == (f"{last.commit}, c0ffee" if last.commit else "c0ffee")
+
+
+def test_a_finished_run_with_a_metric_that_is_nan_is_a_result(tmp_path: Path, fit: FakeFit) -> None:
+    fit.answer = lambda recipe: {"val/top1": 0.1, "val/top5": math.nan}
+    row = paper_table("lamb/5").rows[0]
+    run_rows([row], "mini", runs=tmp_path, fit=fit)
+    standing = table_standing("lamb/5", tmp_path)
+    assert (standing.damage, standing.rows[0].status) == ((), "mini")
+    assert standing.rows[0].measured["top1"].value == 0.1
+    assert run_rows([row], "mini", runs=tmp_path, fit=fit).kept == 1
 
 
 def test_a_line_cut_short_costs_only_itself(tmp_path: Path, fit: FakeFit) -> None:
