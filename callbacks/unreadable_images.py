@@ -43,7 +43,9 @@ class UnreadableImages(Callback):
     def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         self._seen = 0
         path = self._path(trainer)
-        self._written = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+        self._written = (
+            set(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()) if path.is_file() else set()
+        )
 
     def on_train_batch_end(
         self, trainer: TrainerView, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,7 +75,8 @@ class UnreadableImages(Callback):
         self._written.update(new)
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:  # one write, which goes whole to the end of the file
+        # A name is bytes, which need be no UTF-8: they are written as they are, in one write to the end of the file.
+        with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write("".join(f"{line}\n" for line in new))
 
     def _path(self, trainer: TrainerView) -> Path:

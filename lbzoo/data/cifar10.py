@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from lbzoo.data.base import DataFacts, DataSource
 from lbzoo.data.cifar_files import FOLDER, NUM_CLASSES, TRAIN_FILES, VAL_FILES, Batch, read_batch
 from lbzoo.data.in_memory import TensorSamples, as_batch
-from lbzoo.data.locations import data_folder, unusable
+from lbzoo.data.locations import data_folder, looking_at, unusable
 from lbzoo.data.small_images import Augmentation, AugmentedImages, as_samples
 from lbzoo.errors import DataError, UsageError
 from lbzoo.registry import register_data
@@ -75,10 +75,11 @@ class Cifar10(DataSource):
     def _splits(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(images [N, 32, 32, 3], labels [N]) for training and validation. All that is wrong with them is one error."""
         root = data_folder(self.root, ROOT_VARIABLE, _HOW_TO_GET_IT)
-        folder = root if (root / TRAIN_FILES[0]).is_file() else root / FOLDER
-        if not folder.is_dir():
-            problem = f"{FOLDER}: no such folder{_what_is_there_instead(root)}"
-            raise unusable(f"CIFAR-10 in {root}", [problem], _HOW_TO_GET_IT)
+        with looking_at(f"CIFAR-10 in {root}", _HOW_TO_GET_IT):
+            folder = root if (root / TRAIN_FILES[0]).is_file() else root / FOLDER
+            if not folder.is_dir():
+                problem = f"{FOLDER}: no such folder{_what_is_there_instead(root)}"
+                raise unusable(f"CIFAR-10 in {root}", [problem], _HOW_TO_GET_IT)
         problems: list[str] = []
         train, val = _read(folder, TRAIN_FILES, problems), _read(folder, VAL_FILES, problems)
         if problems:

@@ -40,10 +40,10 @@ def read_batch(path: Path) -> Batch:
     except OSError as error:
         raise DataError(error.strerror or str(error)) from error
     except Exception as error:  # a damaged pickle may fail in any way
-        raise DataError(f"cannot be unpickled: {error or type(error).__name__}") from error
+        raise DataError(f"cannot be unpickled: {str(error) or type(error).__name__}") from error
     try:
         rows, labels = np.asarray(content[b"data"]), np.asarray(content[b"labels"])
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, LookupError, ValueError) as error:
         raise DataError("holds no b'data' and b'labels'") from error
     if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3 * HEIGHT * WIDTH:
         raise DataError(f"b'data' is {rows.dtype} of shape {list(rows.shape)}, not uint8 of [N, {3 * HEIGHT * WIDTH}]")

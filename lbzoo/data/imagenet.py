@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lbzoo.data.base import DataFacts, DataSource, SampleKey
 from lbzoo.data.image_folder import ImageFiles, ImageTree
-from lbzoo.data.locations import data_folder, unusable
+from lbzoo.data.locations import data_folder, looking_at, unusable
 from lbzoo.data.rng import stable_rng
 from lbzoo.data.unreadable import Unreadable
 from lbzoo.errors import UsageError
@@ -87,7 +87,8 @@ class ImageNet(DataSource):
 
     def prepare(self) -> None:
         tree = self._tree
-        problems = tree.problems()
+        with looking_at(f"the images in {tree.root}", _HOW_TO_GET_IT):
+            problems = tree.problems()
         if not problems and len(tree.train.classes) > self.num_classes:
             problems = [f"train: {len(tree.train.classes)} classes, but data.num_classes is {self.num_classes}"]
         if problems:
@@ -196,11 +197,28 @@ class ValImages:
 
 
 def _decode(path: Path) -> Image.Image:
-    """The image in RGB; ImageNet has some in grey and in CMYK."""
+    """The image in RGB; ImageNet has some in grey and in CMYK. Raises OSError for whatever is wrong with the file."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return _in_rgb(image)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged or a huge file may fail in any way: struct.error, DecompressionBombError
+        raise OSError(str(error) or type(error).__name__) from error
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """In eight bits a channel. Pillow would cut wider grey values off at 255, which leaves a white image."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise OSError(f"grey values of 32 bits (Pillow's mode {image.mode}), whose range the file does not say")
+    return image.convert("RGB")
 
 
 def _pixels(image: Image.Image) -> Pixels:

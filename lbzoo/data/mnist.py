@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lbzoo.data.base import DataFacts, DataSource
 from lbzoo.data.idx_files import find_idx, read_idx
 from lbzoo.data.in_memory import TensorSamples, as_batch
-from lbzoo.data.locations import data_folder, unusable
+from lbzoo.data.locations import data_folder, looking_at, unusable
 from lbzoo.data.small_images import as_samples
 from lbzoo.errors import DataError
 from lbzoo.registry import register_data
@@ -61,11 +61,12 @@ class Mnist(DataSource):
     def _splits(self) -> tuple[TensorSamples, TensorSamples]:
         """Both splits; all that is wrong with any of the four files is one error."""
         root = data_folder(self.root, ROOT_VARIABLE, _HOW_TO_GET_IT)
-        folder = root if find_idx(root, f"{SPLITS[0]}-images-idx3-ubyte") else root / "MNIST" / "raw"
-        if not folder.is_dir():
-            raise unusable(f"MNIST in {root}", ["MNIST/raw: no such folder"], _HOW_TO_GET_IT)
         problems: list[str] = []
-        train, val = (_read_split(folder, split, problems) for split in SPLITS)
+        with looking_at(f"MNIST in {root}", _HOW_TO_GET_IT):
+            folder = root if find_idx(root, f"{SPLITS[0]}-images-idx3-ubyte") else root / "MNIST" / "raw"
+            if not folder.is_dir():
+                raise unusable(f"MNIST in {root}", ["MNIST/raw: no such folder"], _HOW_TO_GET_IT)
+            train, val = (_read_split(folder, split, problems) for split in SPLITS)
         if train is None or val is None:
             raise unusable(f"MNIST in {folder}", problems, _HOW_TO_GET_IT)
         return train, val

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -75,6 +76,23 @@ def test_what_ended_the_run_is_named(tmp_path: Path) -> None:
     meet(unreadable, 4)
     callback.on_exception(view, cast(Any, None), RuntimeError("elsewhere"))
     assert (tmp_path / "run" / "bad.txt").read_text() == f"{NAMES[4]}\n"
+
+
+def test_names_that_are_no_utf_8_are_written_as_they_are(tmp_path: Path) -> None:
+    name = b"/images/caf\xe9.jpeg"
+
+    def decode(path: Path) -> int:
+        if path.name.startswith("caf"):
+            raise OSError("truncated")
+        return 0
+
+    for _ in range(2):  # a resumed run reads the file first
+        unreadable = Unreadable(2, 0.9, lambda index: Path(os.fsdecode(name) if index else "/images/1.jpeg"))
+        view, callback = trainer(tmp_path, unreadable), UnreadableImages()
+        callback.on_train_start(view, cast(Any, None))
+        unreadable.read(1, decode)
+        callback.on_train_batch_end(view, cast(Any, None), None, None, 0)
+    assert (tmp_path / "unreadable_images.txt").read_bytes() == name + b"\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -107,7 +107,7 @@ def test_everything_wrong_is_said_at_once(root: Path) -> None:
     assert "\n  test_batch: b'data' is uint8 of shape [2, 1024], not uint8 of [N, 3072]\n" in message
 
 
-@pytest.mark.parametrize("content", [["a list"], {"data": 1}, 7])
+@pytest.mark.parametrize("content", [["a list"], {"data": 1}, 7, np.zeros(3, np.uint8)])
 def test_a_pickle_of_something_else(root: Path, content: object) -> None:
     write_python2_pickle(root / "cifar-10-batches-py" / "test_batch", content)
     assert "test_batch: holds no b'data' and b'labels'" in complaint(root)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +162,29 @@ def test_images_that_are_not_rgb(tree: Path, mode: str) -> None:
     assert pixels.dtype == np.uint8
 
 
+def test_grey_values_of_16_bits_are_scaled_and_not_cut_off(tree: Path) -> None:
+    path = sorted((tree / "val" / IMAGENET_CLASSES[0]).iterdir())[0]
+    grey = np.linspace(0, 255, 300 * 300).astype(np.uint8).reshape(300, 300)
+    source = ImageNet(root=str(tree))
+    Image.fromarray(grey).save(path, format="PNG")
+    expected, _ = source.val_dataset()[0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path, format="PNG")
+    assert np.array_equal(source.val_dataset()[0][0], expected)
+    assert 0 < expected.mean() < 250
+
+
+def test_file_names_are_bytes(tree: Path) -> None:
+    """One that is no UTF-8 is read like any other."""
+    folder = os.fsencode(tree / "val" / IMAGENET_CLASSES[0])
+    name = sorted(os.listdir(folder))[0]
+    os.rename(folder + b"/" + name, folder + b"/caf\xe9.JPEG")
+    samples = ImageNet(root=str(tree), max_unreadable=0.9).val_dataset()
+    places = [index for index in range(len(samples)) if os.fsencode(samples.files.path(index)).endswith(b"\xe9.JPEG")]
+    assert len(places) == 1
+    samples[places[0]]
+    assert len(samples.faults[0]) == 0
+
+
 @pytest.mark.parametrize("crop", ["random_resized", "random"])
 def test_augmentation_is_a_function_of_seed_index_and_epoch(shared_tree: Path, crop: str) -> None:
     def pixels(seed: int, index: int, epoch: int) -> np.ndarray:
@@ -219,7 +245,30 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
-@pytest.mark.parametrize("broken", [truncate, Path.unlink, lambda path: path.write_bytes(b"not an image")])
+def claim_to_be_huge(path: Path) -> None:
+    """A PNG of one pixel whose head says 30,000 x 30,000, which Pillow takes for an attack."""
+    Image.new("L", (1, 1)).save(path, format="PNG")
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 30_000, 30_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
+def save_without_a_range(path: Path) -> None:
+    Image.fromarray(np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)).save(path, format="TIFF")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        truncate,
+        Path.unlink,
+        lambda path: path.write_bytes(b"not an image"),
+        lambda path: path.write_bytes(b""),
+        claim_to_be_huge,
+        save_without_a_range,
+    ],
+)
 def test_an_image_that_cannot_be_read(tree: Path, broken) -> None:
     samples = ImageNet(root=str(tree), max_unreadable=0.0).train_dataset()
     path = samples.files.path(4)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lbzoo.data.base import DataFacts
+from lbzoo.errors import DataError
 from lbzoo.registry import data
 from lbzoo.signatures import REQUIRED
 
@@ -28,6 +29,15 @@ def test_nominal_facts_without_files(name: str, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(facts, DataFacts)
     assert facts.num_train > 0
     assert facts.num_val > 0
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "mnist"])
+def test_a_folder_that_the_system_refuses(name: str) -> None:
+    """As one without permission, which an administrator would not be refused."""
+    with pytest.raises(DataError, match=r"cannot be used:\n  .*: File name too long\nSet data.root="):
+        data.get(name)(root="/" + 300 * "x").prepare()
+    with pytest.raises(DataError, match="no such folder"):
+        data.get(name)(root="~nobody-of-this-name/data").prepare()
 
 
 def test_facts_need_no_heavy_library() -> None:
