@@ -70,10 +70,13 @@ class Registry:
         return decorate
 
     def add(self, name: str, component: Any, **meta: Any) -> None:
-        """Register ``component``; raises UsageError where another source file holds the name."""
+        """Register ``component``; raises UsageError where another source file, or another thing in it, holds the name.
+
+        A wrapped name (``vr_lamb``) is the wrapper's.
+        """
         file, line = _definition(component)
         holder = self._holder(name)
-        if holder is not None and holder.rpartition(":")[0] != file:
+        if holder is not None and (holder.rpartition(":")[0] != file or self._is_another(name, component)):
             raise UsageError(
                 f"{file}:{line}: the {self.kind} name '{name}' is taken by {holder}; register under another name"
             )
@@ -199,7 +202,20 @@ class Registry:
             return f"{self._added[name].file}:{self._added[name].line}"
         if name in self._scanned:
             return self._scanned[name].source
+        return self._wrapper_of(name)
+
+    def _wrapper_of(self, name: str) -> str | None:
+        """The source of the wrapper that makes ``name`` of a component of this registry's own package, if one does."""
+        for prefix, wrapper in (self.wrappers._scanned if self.wrappers is not None else {}).items():
+            base = self._scanned.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+            if base is not None and not set(wrapper.options or ()) & set(base.options or ()):
+                return wrapper.source
         return None
+
+    def _is_another(self, name: str, component: Any) -> bool:
+        """Whether the file that holds the name gave it to something else. Its module may well run again."""
+        added = self._added.get(name)
+        return added is not None and added.line > 0 and _name_in_file(added.component) != _name_in_file(component)
 
     @functools.cached_property
     def _scanned(self) -> dict[str, Entry]:
@@ -215,7 +231,7 @@ class Registry:
     def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
         points: dict[str, importlib.metadata.EntryPoint] = {}
         for point in importlib.metadata.entry_points(group=self.entry_point_group):
-            holder = self._scanned[point.name].source if point.name in self._scanned else None
+            holder = self._scanned[point.name].source if point.name in self._scanned else self._wrapper_of(point.name)
             if point.name in points:
                 holder = f"the entry point {points[point.name].value}"
             if holder is not None:
@@ -247,6 +263,11 @@ def _definition(component: Any) -> tuple[str, int]:
         return str(Path(inspect.getfile(target)).resolve()), inspect.getsourcelines(target)[1]
     except (TypeError, OSError):
         return str(getattr(component, "__module__", type(component).__module__)), 0
+
+
+def _name_in_file(component: Any) -> str | None:
+    name: str | None = getattr(inspect.unwrap(component) if callable(component) else component, "__qualname__", None)
+    return name
 
 
 optimizer_wrappers = Registry("optimizer_wrapper", package="lbzoo.optim")

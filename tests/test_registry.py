@@ -133,11 +133,36 @@ def test_what_is_registered_at_run_time_is_wrapped_too(things):
 
 
 def test_a_plain_name_with_the_prefix_wins(things):
-    @things.register("warm_plain")
-    def warm_plain(target):
+    @things.register("warm_late")
+    def warm_late(target):
         return "registered"
 
-    assert things.get("warm_plain")("x") == "registered"
+    @things.register("late")
+    def late(target):
+        return "late"
+
+    assert things.get("warm_late")("x") == "registered"
+
+
+def test_a_wrapped_name_of_ours_is_taken(things):
+    with pytest.raises(UsageError, match=r"the thing name 'warm_plain' is taken by .*things.py:\d+; register under"):
+
+        @things.register("warm_plain")
+        def mine(target): ...
+
+    assert things.get("warm_plain")("x").inner == things.get("plain")("x")
+
+
+def test_a_name_goes_to_one_thing_of_a_file(things):
+    @things.register("twice")
+    class First: ...
+
+    with pytest.raises(UsageError, match=r"the thing name 'twice' is taken by .*test_registry.py:\d+; register under"):
+
+        @things.register("twice")
+        class Second: ...
+
+    assert things.get("twice") is First
 
 
 def test_the_same_file_may_register_again_but_no_other(things):

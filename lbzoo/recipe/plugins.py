@@ -50,7 +50,7 @@ def import_plugin(path: Path) -> Path:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that was never meant to be imported leaves with sys.exit()
         del sys.modules[name]
         if isinstance(error, LbzooError):
             raise
