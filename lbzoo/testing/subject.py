@@ -50,10 +50,10 @@ class Subject:
             assert not isinstance(optimizer, str)
             factory, signature = partial(_call, optimizer), options_of(optimizer)
         else:
-            from lbzoo.optim import optimizer_options
+            from lbzoo.recipe.components import component_options
 
             name = _registry_name(reference)
-            factory, signature = partial(_create, name, label), optimizer_options(name)
+            factory, signature = partial(_create, name, label), component_options("optimizer", name)
         chosen = dict(options or {})
         if "lr" in signature:
             chosen.setdefault("lr", LEARNING_RATE)

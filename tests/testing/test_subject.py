@@ -115,6 +115,15 @@ def test_file_that_fails(tmp_path):
         check_optimizer(f"{path}:Mine")
 
 
+def test_module_that_fails(tmp_path, monkeypatch):
+    (tmp_path / "failing_optimizer.py").write_text("import torch\nclass Mine(\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match="importing 'failing_optimizer:Mine' failed: SyntaxError"):
+        check_optimizer("failing_optimizer:Mine")
+    with pytest.raises(UsageError, match=r"':Mine' is no class of a module; write package.module:Class"):
+        check_optimizer(":Mine")
+
+
 def test_a_file_is_called_as_the_user_called_it(tmp_path):
     path = write(tmp_path, "MineMistaken")
     with pytest.raises(UsageError, match=rf"^optimizer '{path}:MineMistaken' takes no option 'lrr'"):
