@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule
 
 from lbzoo.callbacks.gradient_stats import StatisticsCallback
 from lbzoo.callbacks.log_values import log_histogram, log_layers
-from lbzoo.callbacks.optimizer_view import select, short_names
+from lbzoo.callbacks.optimizer_view import check_layers, matching, short_names
 from lbzoo.callbacks.trainer_view import TrainerView, at_least_one, is_logged
 from lbzoo.errors import UsageError
 from lbzoo.gsnr import GradientStats
@@ -69,8 +69,7 @@ class Gsnr(StatisticsCallback):
 
     def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
         """A glob that matches no layer fails before a step is made."""
-        trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
-        select(short_names(trained), self.layers, what="layer")
+        check_layers(pl_module, self.layers)
         super().on_train_start(trainer, pl_module)
 
     def measure(self, trainer: TrainerView, stats: GradientStats) -> None:
@@ -92,7 +91,7 @@ class Gsnr(StatisticsCallback):
         if stats.micro_batch_size is not None:
             self._scalars["summary/gsnr_samples"] = stats.samples / k
         names = short_names(list(means))
-        chosen = select(names, self.layers, what="layer")
+        chosen = matching(names, self.layers)  # of those that have a gradient in this step
         self._layers = ([names[index] for index in chosen], table[0][chosen])
 
     def after_step(self, trainer: TrainerView) -> None:

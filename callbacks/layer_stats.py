@@ -42,6 +42,7 @@ def stats_source(optimizer: Optimizer, layers: Sequence[Layer]) -> StatsSource:
 
 def join(stats: Sequence[LayerStats]) -> LayerStats:
     """The layers of several optimizers, with the quantities that all of them have."""
+    stats = [each for each in stats if each.names] or stats[:1]
     if len(stats) == 1:
         return stats[0]
     common = [name for name in stats[0].values if all(name in each.values for each in stats)]
@@ -56,11 +57,14 @@ class Reported:
         self._optimizer, self._layers = optimizer, layers
 
     def before_step(self, loss_scale: float) -> None:
-        self._optimizer.track_layer_stats = True  # type: ignore[attr-defined]  # of lbzoo's optimizers
+        self._earlier: LayerStats = self._optimizer.layer_stats()  # type: ignore[attr-defined]  # of lbzoo's optimizers
+        self._optimizer.track_layer_stats = True  # type: ignore[attr-defined]
 
     def after_step(self) -> LayerStats:
         self._optimizer.track_layer_stats = False  # type: ignore[attr-defined]
         stats: LayerStats = self._optimizer.layer_stats()  # type: ignore[attr-defined]
+        if stats is self._earlier:  # a GradScaler has skipped the step: these are of another one
+            return LayerStats()
         row_of = {name: row for row, name in enumerate(stats.names)}
         layers = [layer for layer in self._layers if layer.reported_as in row_of]
         rows = [row_of[layer.reported_as] for layer in layers]

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule
 
 from lbzoo.callbacks.gradient_stats import StatisticsCallback
 from lbzoo.callbacks.log_values import log_layers
-from lbzoo.callbacks.optimizer_view import select, short_names
+from lbzoo.callbacks.optimizer_view import check_layers, matching, short_names
 from lbzoo.callbacks.trainer_view import TrainerView, at_least_one, is_logged, steps_done
 from lbzoo.gsnr import GradientStats
 from lbzoo.registry import register_callback
@@ -51,6 +51,8 @@ class NoiseScale(StatisticsCallback):
         self._restored = state_dict.get("noise")
 
     def on_train_start(self, trainer: TrainerView, pl_module: LightningModule) -> None:
+        """A glob that matches no layer fails before a step is made."""
+        check_layers(pl_module, self.layers)
         super().on_train_start(trainer, pl_module)
         if self._restored is not None and self._shared is not None:
             self._shared.stats.load_noise_state(self._restored)
@@ -76,6 +78,6 @@ class NoiseScale(StatisticsCallback):
         if self.layers:
             by_layer = self._stats.noise_scale_per_layer()
             names, values = short_names(list(by_layer)), torch.tensor(list(by_layer.values()))
-            chosen = select(names, self.layers, what="layer")
+            chosen = matching(names, self.layers)
             layers = {"noise_scale": ([names[index] for index in chosen], values[chosen])}
         log_layers(trainer, layers, trainer.global_step, scalars=shown)

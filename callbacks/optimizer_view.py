@@ -83,13 +83,21 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 def select(names: Sequence[str], patterns: Sequence[str], *, what: str) -> list[int]:
     """The positions of the names that any of the globs matches. A glob that matches nothing is a UsageError."""
-    chosen: set[int] = set()
     for pattern in patterns:
-        matched = [index for index, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
+        if not matching(names, [pattern]):
             raise UsageError(f"no {what} matches '{pattern}'{did_you_mean(pattern, names)}")
-        chosen.update(matched)
-    return sorted(chosen)
+    return matching(names, patterns)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str]) -> list[int]:
+    """The positions of the names that any of the globs matches; there may be none."""
+    return [index for index, name in enumerate(names) if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
+
+
+def check_layers(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Raise UsageError for a glob that matches no layer that is trained."""
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    select(short_names(trained), patterns, what="layer")
 
 
 def parameters(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -53,7 +53,7 @@ class FakeLayerwise(torch.optim.SGD):
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], lr: float) -> None:
         super().__init__(named, lr=lr)
-        self.steps, self.tracked = 0, list[int]()
+        self.steps, self.tracked, self._stats = 0, list[int](), LayerStats()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         with torch.enable_grad():

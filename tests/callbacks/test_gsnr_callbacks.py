@@ -194,8 +194,11 @@ def test_one_gradient_a_step_is_an_error_for_an_optimizer() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(UsageError, match="no layer matches"):
-        train(Plain(adamw), Gsnr(layers=("encoder.*",)))
+    for callback in (Gsnr(layers=("encoder.*",)), NoiseScale(layers=("encoder.*",))):
+        module = Plain(adamw)
+        module.training_step = lambda *_: pytest.fail("a step was made")  # type: ignore[method-assign]
+        with pytest.raises(UsageError, match="no layer matches"):
+            train(module, callback)
     with pytest.raises(UsageError, match="groups=None already: name the callback that says groups=2 before"):
         train(Plain(adamw), NoiseScale(), Gsnr(groups=2))
     with pytest.raises(UsageError, match="gamma must be from 0 to 1"):
@@ -214,3 +217,8 @@ def test_frozen_and_unused_parameters(tmp_path: Path) -> None:
     train(Partly(adamw), Gsnr(every=1), logger=tensorboard(tmp_path), max_steps=1)
     tags = {tag for tag in scalars(tmp_path) if tag.startswith("gsnr/")}
     assert tags == {"gsnr/0.weight", "gsnr/2.weight", "gsnr/2.bias"}
+    layers = {"layers": ("spare.*",)}
+    train(Partly(adamw), Gsnr(every=1, **layers), NoiseScale(every=1, **layers), logger=tensorboard(tmp_path / "spare"))
+    logged = scalars(tmp_path / "spare")
+    assert not [tag for tag in logged if "spare" in tag]
+    assert set(logged["summary/gsnr_at_gamma"]) == set(logged["summary/noise_scale"]) == {1, 2, 3}

@@ -15,9 +15,11 @@ from plain_trainer import FakeLayerwise, Plain, adamw, data, events, fake_layerw
 from torch import nn
 
 import lbzoo
+from lbzoo.callbacks.layer_stats import join
 from lbzoo.callbacks.optimizer_view import short_names, unwrap
 from lbzoo.callbacks.trust_ratio import TrustRatio
 from lbzoo.errors import UsageError
+from lbzoo.optim.layer_stats import LayerStats
 
 LAYERS = ["0.weight", "0.bias", "2.weight", "2.bias"]
 Row = dict[str, dict[str, float]]  # quantity -> layer -> value
@@ -218,6 +220,23 @@ def test_layers_without_a_gradient_are_left_out(tmp_path: Path) -> None:
     fit(Plain(all_but_frozen), TrustRatio(every=1), logger=tensorboard(tmp_path), max_steps=2)
     assert "trust_ratio/0.bias" not in scalars(tmp_path)
     assert "trust_ratio/0.weight" in scalars(tmp_path)
+
+
+def test_a_step_that_a_scaler_skips_is_not_logged(tmp_path: Path) -> None:
+    """What the optimizer says then is of the step before."""
+
+    class Skips(Plain):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            optimizer.found_inf = torch.tensor(float(self.trainer.global_step == 1))  # type: ignore[attr-defined]
+
+    def lamb(module: nn.Module) -> torch.optim.Optimizer:
+        return lbzoo.create_optimizer(module, "lamb", lr=0.01)
+
+    fit(Skips(lamb), TrustRatio(every=1), logger=tensorboard(tmp_path), max_steps=4)
+    assert list(scalars(tmp_path)["trust_ratio/0.weight"]) == [1, 3, 4]
+    others = LayerStats(["0.weight"], {"trust_ratio": torch.ones(1)})
+    assert join([LayerStats(), others]) is others, "of several optimizers one may skip"
+    assert join([LayerStats(), LayerStats()]).names == []
 
 
 def test_a_step_of_no_length_has_trust_ratio_one(tmp_path: Path) -> None:
