@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchmetrics import Metric
 
 from lbzoo.callbacks.log_values import log_scalars
 from lbzoo.callbacks.rank_sum import RankSum
 from lbzoo.callbacks.trainer_view import TrainerView, num_train, samples_in
+from lbzoo.data.loader import Loader
 from lbzoo.data.rng import stable_rng
 from lbzoo.data.sampling import EvalSampler
 from lbzoo.errors import UsageError, did_you_mean
@@ -100,28 +101,33 @@ class GeneralizationGap(Callback):
 
     def _measure(self, trainer: TrainerView, module: LightningModule, *, like: Any) -> dict[str, float]:
         """What the module's validation logs of the part of the training set, over all ranks. A collective."""
-        with _recorded(module) as logged:
-            for index, batch in enumerate(self._batches(trainer)):
+        with _recorded(module) as logged, closing(self._batches(trainer)) as batches:
+            for index, batch in enumerate(batches):
                 logged.weight = samples_in(batch)
                 module.validation_step(_as(like, move_data_to_device(batch, module.device)), index)
             logged.weight = 1
             module.on_validation_epoch_end()
         return {_tag(name): value for name, value in logged.means(module.device).items()}
 
-    def _batches(self, trainer: TrainerView) -> DataLoader[Any]:
-        """This rank's part of the samples, in micro-batches, through as many processes as the training's."""
+    def _batches(self, trainer: TrainerView) -> Loader:
+        """This rank's part of the samples, in micro-batches, through as many processes as the training's.
+
+        To be closed: these may ignore the signal by which a main process ends its children, as the training's do.
+        """
         loader = trainer.train_dataloader
         plain = getattr(loader.dataset, "unaugmented", lambda: loader.dataset)()
         chosen = sorted(stable_rng(0).permutation(len(plain))[: self.samples].tolist())
         sampler = getattr(loader, "batch_sampler", None)
         size = getattr(sampler, "micro_batch_size", None) or getattr(loader, "batch_size", None) or 1
         rank = dist.get_rank() if trainer.world_size > 1 else 0
-        return DataLoader(
+        workers = getattr(loader, "num_workers", 0)
+        return Loader(
             Subset(plain, chosen),
             batch_sampler=EvalSampler(
                 num_samples=len(chosen), micro_batch_size=size, rank=rank, world_size=trainer.world_size
             ),
-            num_workers=getattr(loader, "num_workers", 0),
+            num_workers=workers,
+            persistent_workers=workers > 0,
             collate_fn=getattr(loader, "collate_fn", None),
             pin_memory=getattr(loader, "pin_memory", False),
             worker_init_fn=getattr(loader, "worker_init_fn", None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from plain_trainer import Plain, adamw, data, fit, scalars, tensorboard
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lbzoo.callbacks.generalization_gap import GeneralizationGap
 from lbzoo.data.in_memory import TensorSamples, as_batch
+from lbzoo.data.loader import Loader
 from lbzoo.data.rng import stable_rng
-from lbzoo.errors import UsageError
+from lbzoo.errors import DataError, UsageError
 from lbzoo.tasks.image_classification import ImageClassification
 from lbzoo.testing.processes import shared_processes
 
@@ -141,6 +143,41 @@ def test_a_metric_that_is_not_logged() -> None:
         fit(Plain(adamw), GeneralizationGap(metric="val/top2"), **EVERY_4)
     with pytest.raises(UsageError, match="samples must be at least 1, not 0"):
         GeneralizationGap(samples=0)
+
+
+class Broken(TensorDataset):
+    """Its row 7 cannot be read."""
+
+    def __getitem__(self, key: int) -> tuple[Tensor, ...]:
+        if key == 7:
+            raise DataError("cannot read the image 7.jpeg: truncated")
+        return super().__getitem__(key)
+
+
+def test_no_loader_process_outlives_an_error() -> None:
+    """The training's ignore SIGTERM, with which Python ends its children at exit: it would wait for them for ever."""
+
+    class Fails(Plain):
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            raise RuntimeError("in the part of the training set")
+
+    def through_a_process(samples: Any) -> Loader:
+        return Loader(samples, batch_size=4, num_workers=1, persistent_workers=True)
+
+    options: dict[str, Any] = {**EVERY_4, "num_sanity_val_steps": 0, "max_steps": 4}
+    before = set(multiprocessing.active_children())
+    loader = through_a_process(data().dataset)
+    with pytest.raises(RuntimeError, match="in the part of the training set") as caught:
+        fit(Fails(adamw), GeneralizationGap(), loader=loader, **options)
+    loader.close()  # as the engines do with theirs
+    assert set(multiprocessing.active_children()) <= before, "whoever holds the error holds its frames"
+    assert caught.traceback
+    x, y = rows(list(range(48)))
+    broken = through_a_process(Subset(Broken(x, y), [*range(7), *range(8, 48)]))
+    broken.dataset.unaugmented = lambda: Broken(x, y)  # type: ignore[attr-defined]  # the training itself does not meet it
+    with pytest.raises(DataError, match=r"^cannot read the image 7.jpeg: truncated$"):
+        fit(Plain(adamw), GeneralizationGap(), loader=broken, **options)
+    broken.close()
 
 
 @pytest.mark.dist
