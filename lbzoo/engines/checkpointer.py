@@ -106,7 +106,7 @@ class Checkpointer(Callback):
         self._stop = 0  # the signal that the run was asked to stop by
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._signals.install()
+        self._signals.saves = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -159,7 +159,8 @@ class Checkpointer(Callback):
             self._before_save(step)
         average_running_statistics(module)
         best = {"monitor": self.best.monitor, "value": self.best.value, "step": self.best.step}
-        state = {**self._describe(step), "metrics": self.metrics, "best": best, "validation_owed": validation_owed}
+        state = {**self._describe(step), "metrics": self.metrics, "best": best, "validation_owed": validation_owed,
+                 "stage_over": trainer.should_stop}  # fmt: skip
         averages = self._average.complete() if self._average is not None else None
         content = content_of(module, trainer.optimizers[0], state, averages, states_of(self._stateful))
         for logger in trainer.loggers:

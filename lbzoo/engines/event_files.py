@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _LENGTH = struct.Struct("<Q")
@@ -15,12 +16,21 @@ _CHECKSUM = 4
 
 
 def drop_events_after(folder: Path, step: int) -> None:
-    """Rewrite the event files of a folder that hold something later, or a last record that a kill cut short."""
+    """Rewrite the event files of a folder that hold something later, or a record that a kill or the disk has damaged.
+
+    What follows a damaged record goes with it: where the next one begins is not known.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]  # ships no types
 
     for file in folder.glob("events.out.tfevents.*"):
         content = file.read_bytes()
-        kept = b"".join(record for record, event in _records(content) if Event.FromString(event).step <= step)
+        records: list[bytes] = []
+        with suppress(DecodeError):
+            for record, event in _records(content):
+                if Event.FromString(event).step <= step:
+                    records.append(record)
+        kept = b"".join(records)
         if len(kept) != len(content):
             beside = file.with_name(f".{file.name}.tmp")
             beside.write_bytes(kept)

@@ -135,7 +135,10 @@ def launch_workers(
         variables.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: no need for a resolvable host name
     agent = subprocess.Popen(command, env=variables, start_new_session=True)
 
+    asked: list[int] = []
+
     def forward(signum: int, _frame: FrameType | None) -> None:
+        asked.append(signum)
         if agent.poll() is None:
             agent.send_signal(signum)
 
@@ -147,7 +150,7 @@ def launch_workers(
             signal.signal(signum, handler)
         if agent.poll() is None:
             agent.kill()  # the workers are told by the kernel (die_with_parent)
-    return _exit_code(run, agent_code)
+    return _exit_code(run, agent_code, asked[0] if asked else None)
 
 
 def stop_signals(requeue_signal: RequeueSignal) -> tuple[signal.Signals, ...]:
@@ -161,9 +164,13 @@ def die_with_parent(signum: int) -> None:
         ctypes.CDLL(None).prctl(1, signum)  # PR_SET_PDEATHSIG
 
 
-def _exit_code(run: RunFolder, agent_code: int) -> int:
+def _exit_code(run: RunFolder, agent_code: int, asked: int | None = None) -> int:
+    """Of a run whose processes have ended; ``asked``: the first signal that they were sent."""
     failures = run.rank_failures()
     status = run.status()
+    if asked is not None and status.get("state") in (None, "running"):  # before they listened to it
+        run.write_status("interrupted", exit_code=128 + asked, error=f"stopped by {signal.Signals(asked).name}")
+        return 128 + asked
     if failures and status.get("state") != "finished":
         # Rank 0 was then only told to stop because another rank had died.
         first = failures[0]

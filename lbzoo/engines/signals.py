@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -38,17 +39,21 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and the scheduler's signal ask for a stop; the second one leaves at once, after ``on_second``."""
+    """SIGINT, SIGTERM and the scheduler's signal ask for a stop; the second leaves at once, after ``before_leaving``.
 
-    def __init__(self, on_second: Callable[[int], None], requeue_signal: RequeueSignal = "SIGUSR1") -> None:
-        self._on_second = on_second
+    While ``saves`` is False, before a stage's first step, the first one does: there is nothing that is not saved.
+    """
+
+    def __init__(self, before_leaving: Callable[[int], None], requeue_signal: RequeueSignal = "SIGUSR1") -> None:
+        self._before_leaving = before_leaving
+        self.saves = False
         self._handled = stop_signals(requeue_signal)
         self._received, self._received_at = 0, 0.0
         self._previous: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def install(self) -> None:
-        """Take the handlers over; call it after Lightning has set its own."""
+        """Take the handlers over."""
         for signum in self._handled:
             self._previous.setdefault(signum, signal.getsignal(signum))
             signal.signal(signum, self._handle)
@@ -59,15 +64,18 @@ class StopSignals:
         self._previous.clear()
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if self._received:
-            if signum != signal.SIGINT and time.monotonic() - self._received_at < _SAME_REQUEST:
+        if self._received or not self.saves:
+            if self._received and signum != signal.SIGINT and time.monotonic() - self._received_at < _SAME_REQUEST:
                 return
-            self._on_second(signum)
-            os._exit(128 + signum)
+            try:
+                self._before_leaving(signum)
+            finally:
+                os._exit(128 + signum)
         self._received, self._received_at = signum, time.monotonic()
         if is_first_rank():
             what = "saving a checkpoint and leaving; once more leaves at once"
-            os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, f"\n{signal.Signals(signum).name}: {what}\n".encode())
 
     def agreed(self) -> int:
         """The signal that all ranks stop for after this optimizer step, or 0. Call it once a step on every rank."""

@@ -51,6 +51,10 @@ class Start:
     def step(self) -> int:
         return int(self.state["step"]) if self.state else 0
 
+    def ends(self, stage: Stage) -> bool:
+        """Whether it is the stage's end: its last step, or an earlier one where a callback asked for the end."""
+        return self.step >= stage.first_step + stage.steps or bool(self.state and self.state.get("stage_over"))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -67,7 +71,8 @@ class StageRun:
     ``step`` is the optimizer step the run stands at and ``last_step`` the one the stage ends with; ``accumulate``
     counts micro-batches of a rank in a step, ``validate_every`` optimizer steps. ``callbacks`` are in the order they
     are called in. Where ``validation_owed``, a validation comes before the first step. ``rollbacks``: made by the run
-    so far. However the stage ends, :meth:`close` comes after.
+    so far. ``earlier_step``: the one that the stage before has ended with. However the stage ends, :meth:`close`
+    comes after.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class StageRun:
         signals: StopSignals,
         *,
         rollbacks: int = 0,
+        earlier_step: int = 0,
     ) -> None:
         self.recipe, self.stage, self.source = recipe, stage, source
         self.world, self.run = world, run
@@ -103,6 +109,7 @@ class StageRun:
         self._average = AverageWeights(recipe.trainer.ema) if recipe.trainer.ema is not None else None
         self._divergence = divergence_monitor(recipe, stage, source, run, world_size=world.world_size)
         self._stateful = [*([self._divergence] if self._divergence is not None else []), *_recipe_callbacks(recipe)]
+        self._earlier_step = earlier_step
         self._checkpointer = self._make_checkpointer(module, state)
         self._items = GlobalItems(self.accumulate, module) if GlobalItems.needed_by(module) else None
         self.callbacks: list[Callback] = [
@@ -147,8 +154,8 @@ class StageRun:
         return loader
 
     def close(self) -> None:
-        """Give the signals back, and end the loaders' processes."""
-        self.signals.restore()
+        """End the loaders' processes."""
+        self.signals.saves = False
         for loader in self._loaders:
             loader.close()
 
@@ -170,7 +177,7 @@ class StageRun:
             self.step - stage.first_step,
             self._average,
             stateful=self._stateful,
-            optimizer_from=self.run.checkpoints.step_path(stage.first_step) if keeps else None,
+            optimizer_from=self.run.checkpoints.step_path(self._earlier_step) if keeps else None,
         )
 
     def _make_checkpointer(self, module: Task, state: Mapping[str, Any]) -> Checkpointer:

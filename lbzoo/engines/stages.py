@@ -46,24 +46,41 @@ def train(
 ) -> Outcome:
     """Train every stage that is left, each from the weights of the one before. ``sources`` are its data by stage."""
     _set_threads(recipe, world)
-    engine = _engine(recipe)
-    rollbacks = Rollbacks(run, recipe.trainer.divergence)
     # One for all stages: what comes while one of them ends, in its last validation, stops the next.
     signals = StopSignals(partial(_leave_at_once, run, world), recipe.checkpoint.requeue_signal)
+    signals.install()
+    try:
+        return _train_stages(recipe, sources, world, run, start, signals)
+    finally:
+        signals.restore()
+
+
+def _train_stages(
+    recipe: ResolvedRecipe,
+    sources: Mapping[str, DataSource],
+    world: World,
+    run: RunFolder,
+    start: Start,
+    signals: StopSignals,
+) -> Outcome:
+    engine = _engine(recipe)
+    rollbacks = Rollbacks(run, recipe.trainer.divergence)
     module: Task | None = None
-    outcome = Outcome(start.step, dict((start.state or {}).get("metrics", {})), Best("", "max"))
+    outcome = _outcome_so_far(start)
     first = int(start.state["stage_index"]) if start.state else 0
     for stage in recipe.stages[first:]:
         earlier, here = module, start if stage.index == first else Start()
         is_over = False
         while not is_over:
             module = _module_at_start(recipe, stage, earlier, start.weights, rollbacks.lr_factor(stage))
-            if here.step >= stage.first_step + stage.steps:
+            if here.ends(stage):
                 assert here.checkpoint is not None
                 load_weights(here.checkpoint, module)  # saved at the end of this stage
                 break
-            made = len(rollbacks.made)
-            stage_run = StageRun(recipe, stage, sources[stage.name], world, run, here, module, signals, rollbacks=made)
+            stage_run = StageRun(
+                recipe, stage, sources[stage.name], world, run, here, module, signals,
+                rollbacks=len(rollbacks.made), earlier_step=outcome.step,
+            )  # fmt: skip
             try:
                 step = engine.train_stage(stage_run, module)
                 outcome, is_over = stage_run.outcome(step), True
@@ -118,6 +135,13 @@ def _module_at_start(
 def _leave_at_once(run: RunFolder, world: World, signum: int) -> None:
     if world.rank == 0:
         run.write_status("interrupted", exit_code=128 + signum)
+
+
+def _outcome_so_far(start: Start) -> Outcome:
+    """What a run that is resumed after its last step ends with."""
+    state = start.state or {}
+    best = {"monitor": "", "mode": "", **state.get("best", {})}
+    return Outcome(start.step, dict(state.get("metrics", {})), Best(**best))
 
 
 def _last_checkpoint(run: RunFolder, stage: Stage) -> Start:

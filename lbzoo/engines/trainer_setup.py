@@ -89,7 +89,9 @@ def set_counters(trainer: pl.Trainer, step: int, accumulate: int) -> None:
     batches: Any = loop.batch_progress.total
     batches.ready = batches.started = batches.processed = batches.completed = step * accumulate
     loop._batches_that_stepped = step
-    # Lightning broadcasts a flag and reads it back from the device before every micro-batch; signals are ours.
+    # Signals are ours. Lightning's handlers broadcast, amid other collectives, and leave with 1; before every
+    # micro-batch it broadcasts a flag and reads it back from the device.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 

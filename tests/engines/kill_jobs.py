@@ -10,12 +10,15 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from fit_jobs import as_if_launched
 
 from lbzoo.engines import fit
+from lbzoo.engines.run_callbacks import Restore
 
 PRELOAD = ["lbzoo.engines.lightning", "lbzoo.engines.accelerate", "lbzoo.tasks.image_classification", "kill_jobs"]
 
@@ -38,6 +41,26 @@ def run_until_killed(recipe: Path, overrides: list[str], runs: Path, steps: list
             time.sleep(0.002)
         assert process.exitcode == (0 if step is None else -signal.SIGKILL), "it ended by itself"
     return kills
+
+
+def exit_code_of(function: Callable[..., object], *args: Any) -> int | None:
+    """That of a process which calls ``function``, and ends with all that is done in the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def fit_with_a_signal_at_the_start(recipe: Path, overrides: list[str], runs: Path, signum: int) -> None:
+    """While the model is put in its place, before the first step."""
+
+    def hook(*args: Any) -> None:
+        os.kill(os.getpid(), signum)
+
+    with patch.object(Restore, "on_fit_start", hook):
+        fit(recipe, overrides, runs=runs)
 
 
 def _fit(recipe: Path, overrides: list[str], runs: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from distributed import on_ranks
 from fit_jobs import resume_and_listen, saved_weights
+from kill_jobs import exit_code_of, fit_with_a_signal_at_the_start
 from lightning.pytorch import Callback
 
 from lbzoo.checkpoint import CheckpointFolder, load_callbacks, load_optimizer
@@ -107,6 +108,17 @@ def test_the_scheduler_s_signal_is_the_recipe_s(tmp_path: Path, monkeypatch: pyt
     assert fit(recipe, overrides, runs=tmp_path, resume="auto").step == 4
 
 
+@pytest.mark.parametrize("engine", ["lightning", "accelerate"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step(tmp_path: Path, engine: str, signum: int) -> None:
+    """There is nothing to save: the run leaves at once, and says how."""
+    recipe = write(tmp_path, "steps: 2\n")
+    words = [f"trainer.engine={engine}"]
+    assert exit_code_of(fit_with_a_signal_at_the_start, recipe, words, tmp_path, signum) == 128 + signum
+    status = json.loads((tmp_path / "small" / "1" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("interrupted", 128 + signum)
+
+
 @pytest.mark.dist
 def test_other_devices_keep_the_global_batch_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped on one device, finished on two: the weights of one device alone, but for rounding."""
@@ -181,3 +193,9 @@ def test_events_are_cut_back(tmp_path: Path) -> None:
     drop_events_after(tmp_path, 3)
     assert before.startswith(file.read_bytes())
     assert [event.step for event in EventFileLoader(str(file)).Load() if event.summary.value] == [1, 2, 3]
+    whole = file.read_bytes()
+    length = 2**5
+    damaged = length.to_bytes(8, "little") + bytes(4) + b"\xff" * length + bytes(4)
+    file.write_bytes(whole + damaged)
+    drop_events_after(tmp_path, 9)
+    assert file.read_bytes() == whole, "what is no event goes"

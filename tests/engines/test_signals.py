@@ -15,8 +15,13 @@ from lbzoo.engines.signals import StopSignals
 
 signals = StopSignals(lambda signum: print(f"left by {signum}", flush=True), sys.argv[1])
 signals.install()
+signals.saves = True
 for word in sys.argv[2:]:
-    if word.isdigit():
+    if word == "stage":
+        signals.saves = False
+    elif word == "blind":
+        os.close(2)
+    elif word.isdigit():
         os.kill(os.getpid(), int(word))
     else:
         time.sleep(float(word))
@@ -37,6 +42,8 @@ INT, TERM, USR1, USR2 = (int(signum) for signum in (signal.SIGINT, signal.SIGTER
         ("SIGUSR1", [TERM, TERM, TERM], f"asked by {TERM}", -TERM),
         ("SIGUSR1", [TERM, "2.1", TERM], f"left by {TERM}", 128 + TERM),
         ("SIGUSR1", [TERM, INT], f"left by {INT}", 128 + INT),
+        ("SIGUSR1", ["stage", USR1], f"left by {USR1}", 128 + USR1),  # nothing to save
+        ("SIGUSR1", ["blind", TERM], f"asked by {TERM}", -TERM),  # the terminal is gone
     ],
 )
 def test_requests(requeue: str, words: list[int | str], printed: str, code: int) -> None:

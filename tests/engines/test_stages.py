@@ -122,6 +122,29 @@ def test_stopped_while_a_stage_ends(
         torch.testing.assert_close(actual[name], expected[name])
 
 
+@pytest.mark.parametrize("engine", ["lightning", "accelerate"])
+def test_a_stage_that_a_callback_ends(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """The next one begins with its optimizer's state; a run that is killed there does not go back into it."""
+    original = MicroBatchSeeds.on_train_batch_start
+
+    def hook(callback: Any, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        original(callback, trainer, module, batch, batch_idx)
+        if trainer.global_step == 4:
+            raise KeyboardInterrupt
+        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        trainer.should_stop = is_last and trainer.global_step == 1
+
+    words = [f"trainer.engine={engine}", "stages.large.optimizer={name: novograd, reset: false}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(MicroBatchSeeds, "on_train_batch_start", hook)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(recipe, words, runs=tmp_path)
+    result = fit(recipe, words, runs=tmp_path, resume="auto")
+    assert [line["step"] for line in read_metrics(result.run_dir / "metrics.jsonl")] == [1, 2, 5, 6, 7, 8, 9]
+
+
 def test_stages_that_share_nothing(recipe: Path, tmp_path: Path) -> None:
     overrides = ["stages.large.task.model=resnet10t", "stages.large.task.model_args=null"]
     with pytest.raises(CheckpointError, match="share no parameter"):
