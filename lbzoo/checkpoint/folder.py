@@ -42,7 +42,10 @@ class CheckpointFolder:
         beside = self.path / f".{name}.{os.getpid()}.tmp"
         beside.unlink(missing_ok=True)
         beside.symlink_to(self.step_path(step).name)
-        beside.replace(self.path / name)
+        target = self.path / name
+        if target.is_dir() and not target.is_symlink():  # a run that was copied without links: scp, object stores
+            shutil.rmtree(target)
+        beside.replace(target)
 
     def linked_step(self, name: str) -> int | None:
         """The step that ``last`` or ``best`` points at."""

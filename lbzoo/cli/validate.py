@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,8 @@ def validate(
 
     prefer = "last" if last else "best"
     metrics = run_validate(checkpoint, overrides or (), prefer=prefer, allow_plugins=plugins)
+    if os.environ.get("RANK", "0") != "0":
+        return  # all ranks have the same numbers
     if as_json:
         typer.echo(json.dumps(metrics))
         return

@@ -48,7 +48,7 @@ def with_found_sizes(
     sizes = find_micro_batch_sizes(resolved, sources, world)
     found = with_micro_batch_sizes(resolved, sizes)
     if world.rank == 0:
-        run.recipe_file.write_text(recipe_text(found), encoding="utf-8")
+        run.write_recipe(recipe_text(found))
         run.write_status("running", micro_batch_sizes=sizes, recipe_hash=found.hash)
     for stage in found.stages:
         if stage.name in sizes:

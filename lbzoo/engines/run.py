@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -99,10 +99,10 @@ def fit(
     _check_vocabularies(sources, weights)
     if not world.in_process:
         check_launchable(world)
-        run = open_run(resolved, resume, Path(runs), say)
-        say(f"starting {world.devices} processes")
-        arguments = _arguments(recipe, overrides, scale, resume, init_from, runs, allow_plugins)
-        return _result(run, launch_workers(world, arguments, run, resolved.checkpoint.requeue_signal))
+        with open_run(resolved, resume, Path(runs), say) as run:
+            say(f"starting {world.devices} processes")
+            arguments = _arguments(recipe, overrides, scale, resume, init_from, runs, allow_plugins)
+            return _result(run, launch_workers(world, arguments, run, resolved.checkpoint.requeue_signal))
     return _fit_in_process(resolved, sources, world, resume, weights, Path(runs), say)
 
 
@@ -119,8 +119,9 @@ def validate(
     resolved = load_recipe(run.recipe_file, overrides, allow_plugins=allow_plugins)
     world = _world(resolved)
     if not world.in_process:
+        alone = "trainer.devices=1" + (" trainer.num_nodes=1" if world.num_nodes > 1 else "")
         raise UsageError(
-            f"validate runs in one process here: add trainer.devices=1, or start it with\n  torchrun "
+            f"validate runs in one process here: add {alone}, or start it with\n  torchrun "
             f"--nproc-per-node={world.devices} -m lbzoo validate {checkpoint}"
         )
     source = build_data(resolved.stages[-1])
@@ -150,8 +151,12 @@ def _fit_in_process(
 
     quiet: Say = say if world.rank == 0 else lambda text: None
     settings = resolved.trainer
-    with distributed.process_group(world, also_alone=settings.strategy == "fsdp", timeout=settings.timeout):
-        run = RunFolder(distributed.on_rank_zero(lambda: open_run(resolved, resume, runs, quiet).path))
+    with (
+        distributed.process_group(world, also_alone=settings.strategy == "fsdp", timeout=settings.timeout),
+        ExitStack() as held,
+    ):
+        opened = open_run(resolved, resume, runs, quiet)
+        run = RunFolder(distributed.on_rank_zero(lambda: held.enter_context(opened).path))
         checkpoint = distributed.on_rank_zero(lambda: resume_point(run) if resume is not None else None)
         state = read_state(checkpoint) if checkpoint else None
         if state is not None:

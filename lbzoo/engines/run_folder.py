@@ -22,7 +22,7 @@ from typing import Any, Literal
 from lbzoo.checkpoint.folder import CheckpointFolder
 from lbzoo.errors import CheckpointError, LbzooError
 
-_status_lock = threading.Lock()
+_status_lock = threading.RLock()  # of threads; a signal may come while it is held
 
 State = Literal["running", "finished", "failed", "diverged", "interrupted"]
 
@@ -62,9 +62,15 @@ class RunFolder:
         """Replace ``status.json``; values that are not given stay as they were."""
         with _status_lock:  # a checkpoint that is written in the background says so as well
             now = _now()
-            status = {"started": now, **self.status(), "state": state, "updated": now, "pid": os.getpid(), **values}
-            status.setdefault("host", socket.gethostname())
+            here = {"pid": os.getpid(), "host": socket.gethostname()}
+            status = {"started": now, **self.status(), "state": state, "updated": now, **here, **values}
             _write_json(self.path / "status.json", status)
+
+    def write_recipe(self, text: str) -> None:
+        try:
+            self.recipe_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise LbzooError(f"cannot write {self.recipe_file}: {error.strerror}") from error
 
     def write_environment(self, **values: Any) -> None:
         """Add one entry a start (a resumed run has several) to ``environment.json``."""
@@ -109,7 +115,7 @@ def find_unfinished(root: Path, recipe: str, scale: str) -> RunFolder | None:
     for number in sorted(_numbers(parent), reverse=True):
         run = RunFolder(parent / str(number))
         status = run.status()
-        if status.get("scale") != scale:
+        if status.get("scale", scale) != scale:  # a status.json that a power cut has damaged says nothing
             continue
         if status.get("state") == "finished":
             return None

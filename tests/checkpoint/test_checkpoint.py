@@ -18,6 +18,7 @@ from lbzoo.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from lbzoo.checkpoint.folder import STATE_FILE
 from lbzoo.errors import CheckpointError
 
 
@@ -186,6 +187,16 @@ def test_the_folder_keeps_the_newest_the_best_and_the_linked(tmp_path: Path) -> 
     assert resolve_checkpoint(tmp_path).name == "step_00000004"
     assert resolve_checkpoint(tmp_path, prefer="best").name == "step_00000002"
     assert resolve_checkpoint(tmp_path / "step_00000002").name == "step_00000002"
+
+
+def test_a_link_that_was_copied_as_a_folder(tmp_path: Path) -> None:
+    """As scp does, and stores without links."""
+    folder = CheckpointFolder(tmp_path)
+    for name in ("step_00000002", "last"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE_FILE).write_text("{}")
+    folder.link("last", 2)
+    assert folder.linked_step("last") == 2
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,8 +167,6 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(
 
 def test_resume_from_an_older_checkpoint_after_damage(recipe: Path, run: Path, tmp_path: Path) -> None:
     """A newest checkpoint that was cut short is passed over with a warning."""
-    import shutil
-
     copy = tmp_path / "small" / "1"
     shutil.copytree(run, copy, symlinks=True)
     status = json.loads((copy / "status.json").read_text())
@@ -179,6 +178,70 @@ def test_resume_from_an_older_checkpoint_after_damage(recipe: Path, run: Path, t
     assert any("warning" in text and "1,000 of its" in text for text in said)
     assert any("at step 6" in text for text in said)
     assert_same_weights(weights(copy, 8), weights(run, 8))
+
+
+@pytest.mark.parametrize("what", ["damaged", "copied without links", "killed before the link"])
+def test_resume_by_the_run_s_folder(recipe: Path, run: Path, tmp_path: Path, what: str) -> None:
+    """Goes on from where ``--resume auto`` would."""
+    copy = tmp_path / "small" / "1"
+    shutil.copytree(run, copy, symlinks=what != "copied without links")
+    folder = CheckpointFolder(copy / "checkpoints")
+    if what == "damaged":
+        file = next(folder.step_path(8).glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:1000])
+    elif what == "killed before the link":
+        folder.link("last", 6)
+    result = fit(recipe, runs=tmp_path, resume=copy)
+    assert (result.run_dir.resolve(), result.state, result.step) == (copy, "finished", 8)
+    assert_same_weights(weights(copy, 8), weights(run, 8))
+
+
+def test_resume_by_another_checkpoint_is_refused(recipe: Path, run: Path) -> None:
+    with pytest.raises(UsageError, match=r"step_00000004 is not the last checkpoint .*--init-from"):
+        fit(recipe, resume=run / "checkpoints" / "step_00000004")
+
+
+def test_a_finished_run_stays_what_it_is(recipe: Path, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "small" / "1"
+    shutil.copytree(run, copy, symlinks=True)
+    result = fit(recipe, runs=tmp_path, resume=copy)
+    before, after = (json.loads((path / "status.json").read_text()) for path in (run, copy))
+    assert (result.state, result.step) == ("finished", 8)
+    assert (after["best"], after["metrics"]) == (before["best"], before["metrics"])
+
+
+LOCK = """\
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_trains(recipe: Path, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "small" / "1"
+    shutil.copytree(run, copy, symlinks=True)
+    status = json.loads((copy / "status.json").read_text())
+    (copy / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    command = [sys.executable, "-c", LOCK, str(copy / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=rf"{copy} is being trained by process {status['pid']} on"):
+            fit(recipe, runs=tmp_path, resume="auto")
+        other.communicate("")
+    assert fit(recipe, runs=tmp_path, resume="auto").state == "finished"
+
+
+def test_a_status_that_is_damaged(recipe: Path, run: Path, tmp_path: Path) -> None:
+    """A power cut may leave it empty: the run is found, and its recipe known from its checkpoint."""
+    copy = tmp_path / "small" / "1"
+    shutil.copytree(run, copy, symlinks=True)
+    (copy / "status.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr was 0\.01 and is 0\.02"):
+        fit(recipe, ["optimizer.lr=0.02"], runs=tmp_path, resume="auto")
+    assert fit(recipe, runs=tmp_path, resume="auto").run_dir == copy
 
 
 def test_nothing_to_resume_starts_a_new_run(recipe: Path, run: Path, tmp_path: Path) -> None:
@@ -355,6 +418,18 @@ def test_a_signal_to_the_launcher_saves_and_leaves_no_process(
     assert resumed.wait(timeout=60) == 143
     steps = [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")]
     assert steps == list(range(1, steps[-1] + 1))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_while_it_starts(recipe: Path, tmp_path: Path, signum: int) -> None:
+    words = ["fit", str(recipe), "trainer.devices=2", "--runs", str(tmp_path)]
+    launcher = subprocess.Popen([sys.executable, "-m", "lbzoo", *words])
+    wait_until(lambda: (tmp_path / "small" / "1" / "status.json").is_file())
+    time.sleep(1)
+    launcher.send_signal(signum)
+    assert launcher.wait(timeout=60) == 128 + signum
+    assert json.loads((tmp_path / "small" / "1" / "status.json").read_text())["state"] == "interrupted"
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
