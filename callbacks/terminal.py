@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -101,7 +102,8 @@ class Lines:
             self._schedule()
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        with _forgiven():
+            print(text, flush=True)
 
     def close(self) -> None:
         """Lines stay."""
@@ -141,15 +143,23 @@ class Bar:
         self._refresh("validating", done, total, f"{done}/{total} batches" if total else "")
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        with _forgiven():
+            self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        self._bar.stop()
+        with _forgiven():
+            self._bar.stop()
 
     def _refresh(self, description: str, completed: float, total: int | None, facts: str) -> None:
         self._bar.update(self._task, description=description, completed=completed, total=total, facts=facts)
-        self._bar.refresh()
+        with _forgiven():
+            self._bar.refresh()
         self._next = time.monotonic() + BAR_SECONDS
+
+
+def _forgiven() -> AbstractContextManager[None]:
+    """Around what writes: a full disk, a pipe or a terminal that is gone are no reason to end a training."""
+    return suppress(OSError)
 
 
 def duration_text(seconds: float) -> str:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:  # `lbzoo ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         code = 0
     except LbzooError as error:
         if debug:
@@ -74,7 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (isinstance(error, DivergedError) and os.environ.get("RANK", "0") != "0"):  # all ranks say the same
             typer.echo(f"error: {_first_cause(error)}", err=True)
         code = error.exit_code
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try once more, and leave with a code of its own
+        _forget_stdout()
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _forget_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _first_cause(error: LbzooError) -> str:

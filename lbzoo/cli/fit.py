@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lbzoo.cli.printing import say
 from lbzoo.cli.row_option import RowOption
 
 
@@ -46,7 +47,7 @@ def fit(
         init_from=init_from,
         runs=runs,
         allow_plugins=plugins,
-        say=lambda text: typer.echo(text),
+        say=say,
     )
     _print_result(result.run_dir, result.state, result.step, dict(result.metrics), result.exit_code)
     return result.exit_code
@@ -58,7 +59,7 @@ def _print_result(run_dir: Path, state: str, step: int, metrics: dict[str, float
     if os.environ.get("RANK", "0") != "0" or ("RANK" in os.environ and "LBZOO_RUN_FOLDER" in os.environ):
         return  # the process that started this one prints
     values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    typer.echo(f"{state} at step {step}: {values}" if values else f"{state} at step {step}")
-    typer.echo(f"watch it:  tensorboard --logdir {run_dir / 'tensorboard'}")
+    say(f"{state} at step {step}: {values}" if values else f"{state} at step {step}")
+    say(f"watch it:  tensorboard --logdir {run_dir / 'tensorboard'}")
     if exit_code:
-        typer.echo(f"continue:  add --resume {run_dir}")
+        say(f"continue:  add --resume {run_dir}")

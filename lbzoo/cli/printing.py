@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -33,6 +34,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as lines whose columns begin at the same place."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))] if rows else []
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def say(text: str) -> None:
+    """A line about something that goes on where nobody reads it any more, or the disk that it goes to is full."""
+    with suppress(OSError):
+        typer.echo(text)
 
 
 def print_json(data: Any) -> None:

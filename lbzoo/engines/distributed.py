@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lbzoo.checkpoint import BackgroundSaver
 from lbzoo.engines.launch import World
 from lbzoo.errors import LbzooError, UsageError
+from lbzoo.ranks import has_other_ranks
 
 T = TypeVar("T")
 
@@ -78,6 +79,8 @@ def background_saver() -> BackgroundSaver:
 def lost_rank(error: BaseException, timeout: float) -> LbzooError | None:
     """The error of a rank that waited for another which had ended, or did not answer; None for any other."""
     text = str(error)
+    if not has_other_ranks() or isinstance(error, OSError):  # of a disk, a pipe or a service
+        return None
     if not (isinstance(error, dist.DistError) or any(mark in text for mark in _LOST)):
         return None
     return LbzooError(

@@ -21,7 +21,7 @@ from lbzoo.data.base import DataSource
 from lbzoo.data.sampling import StreamSampler
 from lbzoo.engines import distributed
 from lbzoo.engines.run_folder import RunFolder
-from lbzoo.errors import DivergedError
+from lbzoo.errors import DivergedError, LbzooError
 from lbzoo.recipe import DivergenceSettings, ResolvedRecipe, Stage
 
 _MICRO_BATCHES_SHOWN, _SAMPLES_SHOWN = 4, 12
@@ -78,11 +78,15 @@ def divergence_monitor(
 
     def report(finding: Finding) -> str:
         samples = _samples(recipe, stage, source, finding.step, world_size)
-        file = write_report(run, finding, samples, stage=stage.name, policy=settings.policy)
-        if monitor.skipped:
-            run.write_status("running", skipped_steps=monitor.skipped)
+        try:
+            file = write_report(run, finding, samples, stage=stage.name, policy=settings.policy)
+            if monitor.skipped:
+                run.write_status("running", skipped_steps=monitor.skipped)
+            where = f"all of it: {file}"
+        except (OSError, LbzooError) as error:  # a full disk: what the run does about the step goes on
+            where = f"the report could not be written: {error}"
         lines = [f"rank {r}, micro-batch {m}: samples {_few(samples[r][m])}" for r, m in finding.worst_micro_batches()]
-        return "\n  ".join([*lines[:_MICRO_BATCHES_SHOWN], f"all of it: {file}"])
+        return "\n  ".join([*lines[:_MICRO_BATCHES_SHOWN], where])
 
     monitor = Divergence(
         policy="skip" if settings.policy == "skip" else "stop",

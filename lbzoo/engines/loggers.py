@@ -59,6 +59,18 @@ class _TensorBoard(TensorBoardLogger):
         return writer
 
 
+class _Csv(CSVLogger):
+    """One that outlives a full disk."""
+
+    def __init__(self, folder: str, version: str) -> None:
+        super().__init__(folder, name="csv", version=version)
+        self._fault = LogFault(self.log_dir)
+
+    def save(self) -> None:
+        with self._fault.forgiven():
+            super().save()
+
+
 def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted key; lists of plain values stay as text."""
     flat: dict[str, Any] = {}
@@ -76,7 +88,8 @@ def _cut_back(run: RunFolder, step: int) -> None:
     for file in run.path.glob("csv/from_step_*/metrics.csv"):
         with file.open(encoding="utf-8", newline="") as lines:
             head, *rows = [*csv.reader(lines)] or [[]]
-        kept = [row for row in rows if int(row[head.index("step")]) <= step]
+        whole = [row for row in rows if len(row) == len(head)]  # a kill may cut the last one short
+        kept = [row for row in whole if int(row[head.index("step")]) <= step]
         if len(kept) < len(rows):
             with file.open("w", encoding="utf-8", newline="") as lines:
                 csv.writer(lines).writerows([head, *kept])
@@ -87,7 +100,7 @@ def _build(name: str, recipe: ResolvedRecipe, run: RunFolder, resume_step: int) 
         return _TensorBoard(str(run.path), name="tensorboard", version="", default_hp_metric=False)
     if name == "csv":
         # A CSVLogger empties a folder that it finds filled.
-        return CSVLogger(str(run.path), name="csv", version=f"from_step_{resume_step}")
+        return _Csv(str(run.path), f"from_step_{resume_step}")
     if name in _SERVICES:
         kind = getattr(importlib.import_module("lightning.pytorch.loggers"), _SERVICES[name])
         try:

@@ -14,6 +14,7 @@ from fit_jobs import saved_weights
 
 from lbzoo.checkpoint import CheckpointFolder
 from lbzoo.data.sampling import StreamSampler
+from lbzoo.engines import divergence
 from lbzoo.engines.metrics_file import read_metrics
 
 RECIPE = """\
@@ -184,6 +185,20 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_a_smaller_rate(
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["summary/lr"] for line in lines] == pytest.approx([0.01, 0.01, *[0.0025] * 4])
     assert [line.get("summary/rollbacks") for line in lines] == [None, None, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_report_that_finds_no_room(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is said, and changes nothing about what happens."""
+
+    def full(*args: Any, **kwargs: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(divergence, "write_report", full)
+    code, message = fit_with({"kind": "loss", "steps": [3]}, recipe, [], tmp_path)
+    assert code == 3
+    assert message.endswith("the report could not be written: [Errno 28] No space left on device")
+    fault = {"kind": "loss", "steps": [3], "times": 1}
+    assert fit_with(fault, recipe, ["trainer.divergence.policy=skip"], tmp_path) == (0, "finished")
 
 
 def test_rollbacks_come_to_an_end(recipe: Path, tmp_path: Path) -> None:

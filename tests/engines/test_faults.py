@@ -9,15 +9,19 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import fault_jobs
 import pytest
 import torch
 from distributed import on_ranks
 from fit_jobs import fit_here, saved_weights
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.pytorch.loggers import Logger
 
 from lbzoo.checkpoint import CheckpointFolder
-from lbzoo.engines import fit
+from lbzoo.engines import distributed, fit
+from lbzoo.engines.distributed import lost_rank
 from lbzoo.engines.loggers import build_loggers
 from lbzoo.engines.metrics_file import MetricsFile, read_metrics
 from lbzoo.engines.run_folder import RunFolder
@@ -138,6 +142,52 @@ def test_tensorboard_survives_a_full_disk(
         logger.finalize("success")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1
+
+
+def test_csv_survives_a_full_disk_and_a_kill(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(step: int) -> Logger:
+        resolved = load_recipe(recipe, ["logging.loggers=[csv]"])
+        return build_loggers(resolved, RunFolder(tmp_path), resume_step=step, describe_step=lambda step: {})[1]
+
+    def full(*args: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    logger = build(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(_ExperimentWriter, "save", full)
+        logger.log_metrics({"loss": 1.0}, 1)
+        logger.save()
+    logger.log_metrics({"loss": 0.5}, 2)
+    logger.finalize("success")
+    file = tmp_path / "csv" / "from_step_0" / "metrics.csv"
+    whole = file.read_text()
+    assert whole.split() == ["loss,step", "1.0,1", "0.5,2"]
+    file.write_text(whole + "0.2")
+    build(2)
+    assert file.read_text().split() == whole.split()
+
+
+def test_a_reader_of_the_output_who_leaves(recipe: Path, tmp_path: Path) -> None:
+    """``lbzoo fit ... | head -1``: the run goes on, and ends as it would."""
+    command = [sys.executable, "-m", "lbzoo", "fit", str(recipe), "callbacks=[{name: progress, line_seconds: 0}]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, "--runs", str(tmp_path)], env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as run:  # fmt: skip
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read()
+    assert run.returncode == 0, errors
+    assert json.loads((tmp_path / "small" / "1" / "status.json").read_text())["state"] == "finished"
+    assert not errors
+
+
+def test_a_pipe_that_breaks_is_no_lost_rank() -> None:
+    with patch.object(distributed, "has_other_ranks", lambda: True):
+        assert lost_rank(BrokenPipeError(32, "Broken pipe"), 1800) is None
+        assert lost_rank(RuntimeError("Connection closed by peer [127.0.0.1]:1"), 1800) is not None
+    assert lost_rank(RuntimeError("a service timed out"), 1800) is None
 
 
 def test_a_folder_that_cannot_be_written(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
