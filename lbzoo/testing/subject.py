@@ -46,6 +46,7 @@ class Subject:
         label = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__qualname__", repr(optimizer))
         reference = optimizer if isinstance(optimizer, str) else importable_name(optimizer)
         factory: Factory
+        signature: Mapping[str, Option]
         if reference is None:
             assert not isinstance(optimizer, str)
             factory, signature = partial(_call, optimizer), options_of(optimizer)
