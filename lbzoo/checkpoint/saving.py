@@ -243,5 +243,10 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         from lbzoo.checkpoint.reading import first_failure
 
-        return first_failure(error)
-    return str(error) or type(error).__name__
+        return _explained(first_failure(error))
+    return _explained(str(error) or type(error).__name__)
+
+
+def _explained(cause: str) -> str:
+    """torch's writer of archives gives no reason where it could not write."""
+    return f"{cause} (as a rule the disk is full)" if "inline_container" in cause else cause

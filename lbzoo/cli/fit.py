@@ -56,10 +56,12 @@ def fit(
 def _print_result(run_dir: Path, state: str, step: int, metrics: dict[str, float], exit_code: int) -> None:
     import os
 
+    from lbzoo.checkpoint.folder import CheckpointFolder
+
     if os.environ.get("RANK", "0") != "0" or ("RANK" in os.environ and "LBZOO_RUN_FOLDER" in os.environ):
         return  # the process that started this one prints
     values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     say(f"{state} at step {step}: {values}" if values else f"{state} at step {step}")
     say(f"watch it:  tensorboard --logdir {run_dir / 'tensorboard'}")
-    if exit_code:
+    if exit_code and CheckpointFolder(run_dir / "checkpoints").steps():
         say(f"continue:  add --resume {run_dir}")

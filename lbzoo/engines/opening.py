@@ -16,6 +16,7 @@ from lbzoo.engines.run_folder import RunFolder, create_run, find_unfinished, run
 from lbzoo.engines.run_lock import locked
 from lbzoo.errors import CheckpointError, UsageError
 from lbzoo.recipe import ResolvedRecipe, to_yaml, with_micro_batch_sizes
+from lbzoo.recipe.hashing import changes_training
 
 Say = Callable[[str], None]
 
@@ -111,7 +112,7 @@ def _differences(earlier: Any, now: Any, path: str = "") -> list[str]:
     if isinstance(earlier, Mapping) and isinstance(now, Mapping):
         keys = sorted({*earlier, *now}, key=str)
         return [d for key in keys for d in _differences(earlier.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if earlier == now else [f"{path} was {earlier!r} and is {now!r}"]
+    return [] if earlier == now or not changes_training(path) else [f"{path} was {earlier!r} and is {now!r}"]
 
 
 def recipe_text(resolved: ResolvedRecipe) -> str:

@@ -12,6 +12,16 @@ from lbzoo.recipe.schema import TrainerSettings
 
 # Options that say where data lies do not change what is trained on it.
 _LOCATIONS = ("root", "path", "folder")
+_OF_TRAINER = ("precision", "gradient_clip_norm", "ema")
+_OF_THE_RUN = ("seed", "task", "data", "optimizer", "schedule", "lr_scaling", "epochs", "steps", "stages")
+
+
+def changes_training(path: str) -> bool:
+    """Whether a value of a recipe's document, by its dotted path, is part of the hash."""
+    first, _, rest = path.partition(".")
+    if first == "trainer":
+        return rest.startswith(_OF_TRAINER)
+    return first in _OF_THE_RUN and not (first == "data" and rest in _LOCATIONS)
 
 
 def training_hash(seed: int, stages: Sequence[Stage], trainer: TrainerSettings) -> str:
