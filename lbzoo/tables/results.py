@@ -56,6 +56,8 @@ class Record:
     """The last validation, under the engine's names and in its units."""
     seconds: float | None = None
     error: str | None = None
+    other_samples: bool = False
+    """Whether the data that was there holds another number of training samples than the recipe plans with."""
     checked_with: str | None = None
     """At ``--scale smoke``: the row that ran in this row's place, since the two differ in numbers alone."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lbzoo.engines.run import RunResult
-from lbzoo.engines.run_folder import find_unfinished
+from lbzoo.engines.run_folder import RunFolder, find_unfinished
 from lbzoo.errors import LbzooError, UsageError
 from lbzoo.recipe import ResolvedRecipe
 from lbzoo.recipe.schema import Scale
@@ -213,7 +213,16 @@ class _Runner:
             return replace(record, state="failed", error=f"{type(error).__name__}: {error}")
         state = _state_of(result)
         metrics = {name: float(value) for name, value in result.metrics.items()}
-        return replace(record, state=state, run=str(result.run_dir), step=result.step, metrics=metrics)
+        # Of the samples that were found; all else of a row's hash is settled before it starts.
+        trained = RunFolder(Path(result.run_dir)).status().get("recipe_hash", record.recipe_hash)
+        return replace(
+            record,
+            state=state,
+            run=str(result.run_dir),
+            step=result.step,
+            metrics=metrics,
+            other_samples=trained != record.recipe_hash,
+        )
 
     def _unfinished(self, job: _Job, folder: Path, last: Record | None) -> Path | None:
         """The run to go on with: the row's newest, if it was cut short and was of the recipe as it is now."""

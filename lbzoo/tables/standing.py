@@ -137,6 +137,8 @@ def _status(current: Sequence[Record], stale: Sequence[Record]) -> tuple[Status,
         if reached is None and any(record.standing in ("finished", "diverged") for record in at_scale):
             reached = status
         remarks += [_remark(record) for record in at_scale if record.standing != "finished"]
+        if any(record.other_samples for record in at_scale):
+            remarks.append(f"{scale}: on another number of training samples than the recipe's data has")
     remarks += [f"{record.scale}: stale, of another version of the recipe ({record.time[:10]})" for record in stale]
     remark = "; ".join(dict.fromkeys(remarks))
     if reached is not None:

@@ -19,6 +19,7 @@ class FakeFit:
 
     answer: Callable[[Any], dict[str, float]] = lambda recipe: {"val/top1": 0.5, "val/top5": 0.75}
     state: str = "finished"
+    trained_hash: str | None = None
     calls: list[Any] = field(default_factory=list)
     resumed: list[Path | None] = field(default_factory=list)
 
@@ -30,7 +31,8 @@ class FakeFit:
         run = create_run(runs, resolved.name)
         run.recipe_file.write_text("version: 1\n")
         exit_code = {"finished": 0, "interrupted": 130, "diverged": 3}.get(self.state, 1)
-        run.write_status(self.state, step=7, metrics=metrics, scale=scale, exit_code=exit_code)  # type: ignore[arg-type]
+        trained = {"recipe_hash": self.trained_hash or resolved.hash}  # of the samples that are there
+        run.write_status(self.state, step=7, metrics=metrics, scale=scale, exit_code=exit_code, **trained)  # type: ignore[arg-type]
         return RunResult(run.path, self.state, exit_code, 7, metrics)
 
 

@@ -26,12 +26,13 @@ PLANTED = 0.123456789
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """LAMB table 5 with a number in it that nothing else can come to."""
-    data = copy.deepcopy(reading.load_paper("lamb"))
+    load = reading.load_paper
+    data = copy.deepcopy(load("lamb"))
     table = next(each for each in data["tables"] if each["id"] == "lamb/5")
     for row in table["rows"]:
         row["top1"] = row["top5"] = PLANTED
-    monkeypatch.setattr(reading, "load_paper", lambda key: data)
-    monkeypatch.setattr(paper_tables, "load_paper", lambda key: data)
+    for module in (reading, paper_tables):
+        monkeypatch.setattr(module, "load_paper", lambda key: data if key == "lamb" else load(key))
     paper_table.cache_clear()
     yield table
     paper_table.cache_clear()
@@ -153,6 +154,18 @@ def test_a_run_that_logged_less_is_no_run_that_diverged(tmp_path: Path, fit: Fak
     measured = table_standing("lamb/5", tmp_path).rows[0].measured
     assert (measured["top1"].value, measured["top1"].n) == (pytest.approx(0.6), 2)
     assert (measured["top5"].value, measured["top5"].n) == (0.75, 1)
+
+
+def test_a_result_on_other_data_says_so(tmp_path: Path, fit: FakeFit) -> None:
+    """A folder with a hundred images in ImageNet's layout trains the row as well."""
+    row = paper_table("lamb/5").rows[0]
+    run_rows([row], "paper", runs=tmp_path, fit=fit)
+    assert table_standing("lamb/5", tmp_path).rows[0].remark == ""
+    fit.trained_hash = "0" * 16
+    run_rows([row], "paper", runs=tmp_path, fit=fit, again=True)
+    standing = table_standing("lamb/5", tmp_path)
+    assert standing.rows[0].status == "measured"
+    assert standing.rows[0].remark == "paper: on another number of training samples than the recipe's data has"
 
 
 def test_every_machine_and_commit_of_a_mean_is_named(tmp_path: Path, fit: FakeFit) -> None:
