@@ -109,7 +109,7 @@ def test_what_a_module_may_use(tmp_path: Path, engine: str) -> None:
         "is_global_zero": True,
         "max_steps": 4,
         "training": True,
-        "loggers": ["MetricsFile", "CSVLogger"],
+        "loggers": ["MetricsFile", "_Csv"],
         "logger": "MetricsFile",
         "missing": "default",
     }
