@@ -59,10 +59,10 @@ class Unreadable:
             found = int(self._found.value)
         if found > self.allowed * self.count / self.ranks:
             raise DataError(self._too_many(found, path, reason))
-        log.warning("unreadable image number %d, replaced by the next: %s: %s", found, path, reason)
+        log.warning("unreadable image number %d, replaced by the next: %s: %s", found, _shown(path), reason)
 
     def _too_many(self, found: int, path: Path, reason: str) -> str:
-        what = f"cannot read the image {path}: {reason}"
+        what = f"cannot read the image {_shown(path)}: {reason}"
         if self.allowed == 0:
             return f"{what}; replace the file, or allow some to be replaced by the next image: data.max_unreadable=0.01"
         seen = f"{self.count:,}" if self.ranks == 1 else f"{self.count // self.ranks:,} of this rank's"
@@ -70,3 +70,8 @@ class Unreadable:
             f"{what}; with it {found} of {seen} images cannot be read, more than the {self.allowed:.2%} that "
             "data.max_unreadable allows: the files are damaged, or not where they seem to be"
         )
+
+
+def _shown(path: Path) -> str:
+    """The name for a message: its bytes need be no UTF-8, what reads messages may need it."""
+    return str(path).encode(errors="backslashreplace").decode()

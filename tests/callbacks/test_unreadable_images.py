@@ -78,7 +78,7 @@ def test_what_ended_the_run_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "bad.txt").read_text() == f"{NAMES[4]}\n"
 
 
-def test_names_that_are_no_utf_8_are_written_as_they_are(tmp_path: Path) -> None:
+def test_names_that_are_no_utf_8_are_written_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = b"/images/caf\xe9.jpeg"
 
     def decode(path: Path) -> int:
@@ -93,6 +93,7 @@ def test_names_that_are_no_utf_8_are_written_as_they_are(tmp_path: Path) -> None
         unreadable.read(1, decode)
         callback.on_train_batch_end(view, cast(Any, None), None, None, 0)
     assert (tmp_path / "unreadable_images.txt").read_bytes() == name + b"\n"
+    assert "/images/caf\\udce9.jpeg" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 1])
