@@ -31,7 +31,7 @@ from lbzoo.engines.run_callbacks import (
     MicroBatchSeeds,
     Restore,
 )
-from lbzoo.engines.run_folder import RunFolder, environment
+from lbzoo.engines.run_folder import RunFolder, package_versions
 from lbzoo.engines.signals import StopSignals
 from lbzoo.engines.weight_average import AverageWeights
 from lbzoo.errors import UsageError
@@ -235,7 +235,7 @@ class StageRun:
             "vocabulary": self.source.vocabulary.digest if isinstance(self.source, HasVocabulary) else None,
             "world_size": self.world.world_size,
             "engine": self.recipe.trainer.engine,
-            "versions": environment()["packages"],
+            "versions": package_versions(),
         }
 
 
