@@ -64,7 +64,7 @@ class RunFolder:
             now = _now()
             here = {"pid": os.getpid(), "host": socket.gethostname()}
             status = {"started": now, **self.status(), "state": state, "updated": now, **here, **values}
-            _write_json(self.path / "status.json", status)
+            write_json(self.path / "status.json", status)
 
     def write_recipe(self, text: str) -> None:
         try:
@@ -76,7 +76,7 @@ class RunFolder:
         """Add one entry a start (a resumed run has several) to ``environment.json``."""
         file = self.path / "environment.json"
         starts = _read_json(file).get("starts", [])
-        _write_json(file, {"starts": [*starts, {**environment(), **values}]})
+        write_json(file, {"starts": [*starts, {**environment(), **values}]})
 
     def rank_failures(self) -> list[dict[str, Any]]:
         """What ranks other than 0 wrote before they died, the earliest first."""
@@ -85,7 +85,7 @@ class RunFolder:
 
     def write_rank_failure(self, rank: int, error: BaseException, exit_code: int) -> None:
         content = {"rank": rank, "error": str(error), "exit_code": exit_code, "time": _now()}
-        _write_json(self.path / f"failure_rank{rank}.json", content)
+        write_json(self.path / f"failure_rank{rank}.json", content)
 
 
 def create_run(root: Path, recipe: str) -> RunFolder:
@@ -189,7 +189,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file at once: it is never there in part. Raises LbzooError where it cannot be written."""
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

@@ -110,11 +110,9 @@ class Batch:
 
     def part(self, indices: Sequence[int]) -> Batch:
         """The loaded tensors with these indices as a batch of their own."""
-        part = replace(self, owners=[], states=[], places=[], columns=[], params=[], grads=[])
-        for name in ("owners", "states", "places", "columns", "params", "grads"):
-            column = getattr(self, name)
-            setattr(part, name, [column[index] for index in indices])
-        return part
+        lists = ("owners", "states", "places", "columns", "params", "grads")
+        parts: dict[str, Any] = {name: [getattr(self, name)[index] for index in indices] for name in lists}
+        return replace(self, **parts)
 
     def state(self, key: str) -> list[Tensor]:
         return local_parts(state[key] for state in self.states)
@@ -175,12 +173,13 @@ def make_batches(
             if not has_gradient and not (shards and param.requires_grad):
                 continue
             state = state_of(param, index, position) if has_gradient else {}  # refuses what has no layout
-            kind = (shards, param.device, param.dtype, None if shards else _form(param))
+            form = None if shards else _form(param)
+            kind = (shards, param.device, param.dtype, form)
             batch, size = current.get(kind), param.numel()
             if batch is None or batch.size + size > batch.limit:
                 batch = current[kind] = Batch(group, shards)
-                if not shards:
-                    _prepare_to_run_alone(batch, param, scratch, at_once)
+                if form is not None:
+                    _prepare_to_run_alone(batch, form, param.device, scratch, at_once)
                 batches.append(batch)
             if has_gradient:
                 batch.add(param, state, (index, position))
@@ -201,11 +200,13 @@ def _form(param: Tensor) -> str:
     return "plain" if same_type and is_dense(param) and same_layout(param, param.grad) else "other"
 
 
-def _prepare_to_run_alone(batch: Batch, param: Tensor, scratch: Scratch | None, at_once: AtOnce | None) -> None:
-    form, on_cpu = _form(param), param.device.type == "cpu"
+def _prepare_to_run_alone(
+    batch: Batch, form: str, device: torch.device, scratch: Scratch | None, at_once: AtOnce | None
+) -> None:
+    on_cpu = device.type == "cpu"
     batch.small = form == "small"
     batch.scratch = scratch if on_cpu else None
-    if form != "plain" or at_once is None or not at_once(batch.group, param.device):
+    if form != "plain" or at_once is None or not at_once(batch.group, device):
         batch.limit = CPU_LIMIT if on_cpu else ACCELERATOR_LIMIT
 
 

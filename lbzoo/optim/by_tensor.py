@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lbzoo.optim import elementwise
 from lbzoo.optim.batch import Batch
-from lbzoo.optim.elementwise import is_dense, same_layout
+from lbzoo.optim.elementwise import flat_views
 
 # Called with (state, parameter, gradient, averages...), the tensors as flat views in the order of memory.
 TensorStep: TypeAlias = Callable[..., None]
 
 
-def flat_views(batch: Batch, averages: Sequence[str]) -> tuple[list[list[Tensor]], Batch, Batch | None]:
+def split_flat(batch: Batch, averages: Sequence[str]) -> tuple[list[list[Tensor]], Batch, Batch | None]:
     """(the flat views of each tensor that has them, the batch of those tensors, the batch of the others if any).
 
     ``averages``: the keys of the state that is laid out like the parameter.
@@ -39,14 +39,8 @@ def flat_views(batch: Batch, averages: Sequence[str]) -> tuple[list[list[Tensor]
 
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    first, *others = tensors
-    if any(tensor.dtype is not first.dtype for tensor in others):
-        return None
-    if all(map(Tensor.is_contiguous, tensors)):
-        return [tensor.view(-1) for tensor in tensors]
-    if not is_dense(first) or not all(same_layout(first, tensor) for tensor in others):
-        return None
-    return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    """None as well where the types differ: the kernels take one."""
+    return flat_views(tensors) if len({tensor.dtype for tensor in tensors}) == 1 else None
 
 
 def pieces(*flat: Tensor) -> list[tuple[Tensor, ...]]:

@@ -141,11 +141,20 @@ def are_contiguous(column: Column) -> bool:
 
 
 def _flat(items: list[Any]) -> list[Any]:
-    """1-D views in the order of memory where all tensors share one dense layout (channels-last, say); else as given."""
-    tensors = [item for item in items if isinstance(item, Tensor)]
-    if len({_layout(tensor) for tensor in tensors}) > 1 or not is_dense(tensors[0]):
+    """The tensors as flat views where they have them; else as given."""
+    views = flat_views([item for item in items if isinstance(item, Tensor)])
+    if views is None:
         return items
-    return [item.as_strided((item.numel(),), (1,)) if isinstance(item, Tensor) else item for item in items]
+    rest = iter(views)
+    return [next(rest) if isinstance(item, Tensor) else item for item in items]
+
+
+def flat_views(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """1-D views in the order of memory where all tensors share one dense layout (channels-last, say); else None."""
+    first, *others = tensors
+    if not is_dense(first) or not all(same_layout(first, other) for other in others):
+        return None
+    return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
 
 
 def same_layout(first: Tensor, second: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from lbzoo.errors import UsageError
 from lbzoo.optim import fused_kernels
 from lbzoo.optim.batch import Batch, Scratch, make_batches
-from lbzoo.optim.by_tensor import TensorStep, flat_views
+from lbzoo.optim.by_tensor import TensorStep, split_flat
 from lbzoo.optim.checks import check_group
 from lbzoo.optim.elementwise import Norms, sweep
 from lbzoo.optim.layer_stats import LayerStats
@@ -135,11 +135,11 @@ class LayerwiseOptimizer(Optimizer):
 
     def works_at_once(self, group: Mapping[str, Any], device: torch.device) -> bool:
         """Whether the step of a group keeps no temporaries of all its tensors."""
-        return self._goes_by_tensor(group, device)
+        return self._tensor_step_on(device, group) is not None
 
-    def _goes_by_tensor(self, group: Mapping[str, Any], device: torch.device) -> bool:
+    def _tensor_step_on(self, device: torch.device, group: Mapping[str, Any]) -> TensorStep | None:
         plain = device.type == "cpu" and not self.track_layer_stats and not torch.compiler.is_compiling()
-        return plain and fused_kernels.fused_kernels_work("cpu") and self.tensor_step(group) is not None
+        return self.tensor_step(group) if plain and fused_kernels.fused_kernels_work("cpu") else None
 
     def layer_stats(self) -> LayerStats:
         """Of the last step that ran while ``track_layer_stats`` was True; empty before the first."""
@@ -189,11 +189,11 @@ class LayerwiseOptimizer(Optimizer):
 
     def _step_by_tensor(self, batch: Batch) -> Batch | None:
         """Step what can go by tensor; the batch of what is left, if any."""
-        if batch.shards or batch.small or not self._goes_by_tensor(batch.group, batch.params[0].device):
+        alone = not (batch.shards or batch.small)
+        step = self._tensor_step_on(batch.params[0].device, batch.group) if alone else None
+        if step is None:
             return batch
-        step = self.tensor_step(batch.group)
-        assert step is not None
-        views, flat, rest = flat_views(batch, self.averages)
+        views, flat, rest = split_flat(batch, self.averages)
         flat.count_steps()
         for tensors, state in zip(views, flat.states, strict=True):
             step(state, *tensors)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbzoo.engines.launch import die_with_parent
-from lbzoo.engines.run_folder import RunFolder
+from lbzoo.engines.run_folder import RunFolder, write_json
 from lbzoo.errors import UsageError
 from lbzoo.recipe import ResolvedRecipe, load_recipe
 from lbzoo.recipe.components import component_class
@@ -273,9 +273,7 @@ def _check_folder(sweep: Sweep, digest: str, words: Sequence[str], seed: int) ->
         "metric": sweep.metric,
         "mode": sweep.mode,
     }
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    beside.replace(file)
+    write_json(file, content)
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:

@@ -179,11 +179,11 @@ def by_tensor_calls(monkeypatch) -> list[int]:
     seen: list[int] = []
 
     def counted(*arguments):
-        views, flat, rest = by_tensor.flat_views(*arguments)
+        views, flat, rest = by_tensor.split_flat(*arguments)
         seen.append(len(views))
         return views, flat, rest
 
-    monkeypatch.setattr(layerwise, "flat_views", counted)
+    monkeypatch.setattr(layerwise, "split_flat", counted)
     return seen
 
 
